@@ -1,0 +1,269 @@
+// Vectors of float for every instruction set: the compiler's own vector type, as wide as the set's registers, and
+// intrinsics only where the compiler does not find the instruction by itself. Read once per instruction set, inside an
+// anonymous namespace: a weak symbol compiled for AVX-512 could otherwise be picked by the linker for the baseline.
+//
+//   Vec, Int, W          W floats, W int32
+//   load, store          from and to float, bfloat16, float16 (round to nearest even); _n for the first n < W elements
+//   stream               store past the cache, for outputs larger than it (needs alignment: see stream_ok)
+//   + - * /, < > == ?:   the compiler's own; a * b + c contracts to one FMA
+//   vmax, vmin, vabs, vsqrt, sum, max, exp
+#pragma once
+#include <cmath>
+#include <cstddef>
+#include <cstdint>
+#include <cstring>
+#include <type_traits>
+#if defined(__x86_64__)
+#include <immintrin.h>
+#endif
+
+#include "common.h"
+
+namespace fastlm::FASTLM_ISA {
+namespace {
+
+#if defined(__AVX512F__)
+constexpr int W = 16;
+#elif defined(__AVX2__)
+constexpr int W = 8;
+#else
+constexpr int W = 4;
+#endif
+
+typedef float Vec __attribute__((vector_size(4 * W)));
+typedef int32_t Int __attribute__((vector_size(4 * W)));
+typedef uint32_t UInt __attribute__((vector_size(4 * W)));
+typedef uint16_t Half __attribute__((vector_size(2 * W)));
+
+inline Vec splat(float x) { return x - Vec{}; }
+inline Int splat_int(int32_t x) { return x - Int{}; }
+inline Int bits(Vec x) { return (Int)x; }
+inline Vec from_bits(Int x) { return (Vec)x; }
+inline Vec to_float(Int x) { return __builtin_convertvector(x, Vec); }
+
+// --- conversions ----------------------------------------------------------------------------------------------------
+
+inline Vec from_bfloat16(Half h) { return (Vec)(__builtin_convertvector(h, UInt) << 16); }
+
+inline Half to_bfloat16(Vec x) {  // to nearest, ties to even; NaN stays NaN
+  const UInt u = (UInt)x;
+  const UInt rounded = (u + 0x7fff + ((u >> 16) & 1)) >> 16;
+  const UInt quiet = (u >> 16) | 0x40;
+  return __builtin_convertvector(x == x ? rounded : quiet, Half);
+}
+
+inline float float16_to_float(uint16_t h) {
+  const uint32_t sign = uint32_t(h & 0x8000) << 16, magnitude = h & 0x7fff;
+  float value;
+  if (magnitude >= 0x7c00) {  // infinity, NaN
+    const uint32_t u = 0x7f800000 | ((magnitude & 0x3ff) << 13);
+    std::memcpy(&value, &u, 4);
+  } else {  // 2^-112 undoes the difference of the exponent biases and makes subnormals right
+    const uint32_t u = magnitude << 13;
+    std::memcpy(&value, &u, 4);
+    value *= 0x1p112f;
+  }
+  uint32_t u;
+  std::memcpy(&u, &value, 4);
+  u |= sign;
+  std::memcpy(&value, &u, 4);
+  return value;
+}
+
+inline uint16_t float_to_float16(float x) {  // to nearest, ties to even
+  uint32_t u;
+  std::memcpy(&u, &x, 4);
+  const uint16_t sign = (u >> 16) & 0x8000;
+  u &= 0x7fffffff;
+  if (u > 0x7f800000) return sign | 0x7e00;
+  if (u >= 0x477ff000) return sign | 0x7c00;  // 65520 and above round to infinity
+  if (u < 0x38800000) {                       // subnormal: let the addition round
+    float magic = 0.5f, value;
+    std::memcpy(&value, &u, 4);
+    value += magic;
+    std::memcpy(&u, &value, 4);
+    return sign | uint16_t(u - 0x3f000000);
+  }
+  return sign | uint16_t((u - 0x38000000 + 0xfff + ((u >> 13) & 1)) >> 13);
+}
+
+// --- memory ---------------------------------------------------------------------------------------------------------
+
+inline Vec load(const float* p) {
+  Vec x;
+  std::memcpy(&x, p, sizeof x);
+  return x;
+}
+inline void store(float* p, Vec x) { std::memcpy(p, &x, sizeof x); }
+
+inline Vec load(const bfloat16* p) {
+  Half h;
+  std::memcpy(&h, p, sizeof h);
+  return from_bfloat16(h);
+}
+inline void store(bfloat16* p, Vec x) {
+  const Half h = to_bfloat16(x);
+  std::memcpy(p, &h, sizeof h);
+}
+
+inline Vec load(const float16* p) {
+#if defined(__AVX512F__)
+  return (Vec)_mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
+#elif defined(__F16C__)
+  return (Vec)_mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
+#else
+  Vec x;
+  for (int i = 0; i < W; ++i) x[i] = float16_to_float(p[i].bits);
+  return x;
+#endif
+}
+inline void store(float16* p, Vec x) {
+#if defined(__AVX512F__)
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm512_cvtps_ph((__m512)x, _MM_FROUND_TO_NEAREST_INT));
+#elif defined(__F16C__)
+  _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm256_cvtps_ph((__m256)x, _MM_FROUND_TO_NEAREST_INT));
+#else
+  for (int i = 0; i < W; ++i) p[i].bits = float_to_float16(x[i]);
+#endif
+}
+
+/// The first n elements, 0 <= n <= W; the lanes behind them are `fill` and their memory is not touched.
+template <class T>
+inline Vec load_n(const T* p, int64_t n, float fill = 0.f) {
+  T lanes[W];
+  if (n < W) {
+    std::memcpy(lanes, p, n * sizeof(T));
+    std::memset(static_cast<void*>(lanes + n), 0, (W - n) * sizeof(T));
+    Vec x = load(lanes);
+    if (fill != 0.f)
+      for (int i = static_cast<int>(n); i < W; ++i) x[i] = fill;
+    return x;
+  }
+  return load(p);
+}
+template <class T>
+inline void store_n(T* p, Vec x, int64_t n) {
+  T lanes[W];
+  store(lanes, x);
+  std::memcpy(p, lanes, n * sizeof(T));
+}
+
+/// A store that does not read the line into the cache first. Only where stream_ok(p) and the output exceeds the cache.
+inline void stream(float* p, Vec x) {
+#if defined(__AVX512F__)
+  _mm512_stream_ps(p, (__m512)x);
+#elif defined(__AVX2__)
+  _mm256_stream_ps(p, (__m256)x);
+#else
+  store(p, x);
+#endif
+}
+inline bool stream_ok(const float* p) { return reinterpret_cast<uintptr_t>(p) % sizeof(Vec) == 0; }
+
+// --- arithmetic -----------------------------------------------------------------------------------------------------
+
+inline Vec vmax(Vec a, Vec b) { return a > b ? a : b; }  // b where either is NaN, as maxps
+inline Vec vmin(Vec a, Vec b) { return a < b ? a : b; }
+inline Vec vabs(Vec a) { return from_bits(bits(a) & 0x7fffffff); }
+inline Vec vsqrt(Vec a) {
+#if defined(__AVX512F__)
+  return (Vec)_mm512_sqrt_ps((__m512)a);
+#elif defined(__AVX2__)
+  return (Vec)_mm256_sqrt_ps((__m256)a);
+#else
+  for (int i = 0; i < W; ++i) a[i] = std::sqrt(a[i]);
+  return a;
+#endif
+}
+
+inline float sum(Vec x) {  // pairwise, so the order is the same as a tree's
+#if defined(__AVX512F__)
+  return _mm512_reduce_add_ps((__m512)x);
+#else
+  for (int half = W / 2; half > 0; half /= 2)
+    for (int i = 0; i < half; ++i) x[i] += x[i + half];
+  return x[0];
+#endif
+}
+inline float max(Vec x) {
+#if defined(__AVX512F__)
+  return _mm512_reduce_max_ps((__m512)x);
+#else
+  for (int half = W / 2; half > 0; half /= 2)
+    for (int i = 0; i < half; ++i) x[i] = x[i] > x[i + half] ? x[i] : x[i + half];
+  return x[0];
+#endif
+}
+
+/// e^x within about 1 ulp over the whole range; exp(-inf) = 0, exp(inf) = inf, NaN stays; results below 2^-126 are 0
+/// outside AVX-512.
+/// x = n ln 2 + r with |r| <= ln 2 / 2 (ln 2 in two parts, Cody and Waite), a polynomial in r, times 2^n.
+inline Vec exp(Vec x) {
+  const Vec shift = splat(0x1.8p23f);
+  const Vec lowest = splat(-104.f), highest = splat(89.f);
+  const Vec t = x < lowest ? lowest : x > highest ? highest : x;  // NaN passes through
+  const Vec n = (t * 1.44269504f + shift) - shift;
+  const Vec r = (t - n * 0.693359375f) - n * -2.12194440e-4f;
+  Vec p = splat(1.9875691e-4f);
+  p = p * r + 1.3981999e-3f;
+  p = p * r + 8.3334519e-3f;
+  p = p * r + 4.1665796e-2f;
+  p = p * r + 1.6666665e-1f;
+  p = p * r + 5.0000001e-1f;
+  p = p * r * r + r + 1.f;
+#if defined(__AVX512F__)
+  return (Vec)_mm512_scalef_ps((__m512)p, (__m512)n);
+#else
+  const Int k = __builtin_convertvector(n, Int);
+  const Int half = k >> 1;  // 2^n in two factors: n reaches 128, one factor's exponent does not
+  const Vec y = p * from_bits((half + 127) << 23) * from_bits((k - half + 127) << 23);
+  return x < -87.3365f ? Vec{} : (x == x ? y : x);
+#endif
+}
+
+// --- dtypes ---------------------------------------------------------------------------------------------------------
+
+template <class T>
+struct Type {
+  using type = T;
+};
+
+/// f(Type<T>{}) for the C++ type of a dtype: the one switch.
+template <class F>
+void with_type(DType dtype, F f) {
+  switch (dtype) {
+    case DType::float32:
+      return f(Type<float>{});
+    case DType::bfloat16:
+      return f(Type<bfloat16>{});
+    case DType::float16:
+      return f(Type<float16>{});
+  }
+}
+
+/// f(i, n) for each vector of [0, N): n is W, known to the compiler, but for the last, shorter one.
+template <class F>
+inline void for_vectors(int64_t N, F f) {
+  int64_t i = 0;
+  for (; i + W <= N; i += W) f(i, std::integral_constant<int64_t, W>{});
+  if (i < N) f(i, N - i);
+}
+template <class T>
+inline Vec load(const T* p, std::integral_constant<int64_t, W>) {
+  return load(p);
+}
+template <class T>
+inline Vec load(const T* p, int64_t n) {
+  return load_n(p, n);
+}
+template <class T>
+inline void store(T* p, Vec x, std::integral_constant<int64_t, W>) {
+  store(p, x);
+}
+template <class T>
+inline void store(T* p, Vec x, int64_t n) {
+  store_n(p, x, n);
+}
+
+}  // namespace
+}  // namespace fastlm::FASTLM_ISA

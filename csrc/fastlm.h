@@ -1,0 +1,79 @@
+// Every C++ entry point of fastlm, documented. Callers allocate everything and pass raw pointers, int64 sizes and
+// strides (in elements), dtype values, and last the number of threads: torch's own, because the setting is per thread
+// in OpenMP and would be lost in a new one. No entry checks its pointers; fastlm/native/ does before it asks for them.
+//
+// This header is read once per instruction set with FASTLM_ISA naming it, so that the same declarations stand in
+// fastlm::generic, fastlm::avx2, fastlm::avx512 and fastlm::amx. To add a kernel: declare it here, add its name to
+// FASTLM_KERNELS below, define it in csrc/cpu/<op>.cpp. bindings.cpp and dispatch.cpp need no change.
+#pragma once
+#include <string>
+#include <vector>
+
+#include "common.h"
+
+#ifndef FASTLM_ISA
+#define FASTLM_ISA generic
+#endif
+
+namespace fastlm::FASTLM_ISA {
+
+// --- layer_norm, rms_norm -------------------------------------------------------------------------------------------
+// Dimensions: M rows of N channels, last dimension contiguous; *_stride is the distance between rows in elements.
+
+/// h = x + residual (when residual is not null; h is stored in the dtype of x and then normalised as stored),
+/// y = (h - mean) * rstd * weight + bias.
+/// x, residual, h, y: [M, N] of `dtype`, h and y contiguous; weight, bias: [N] float32 or null; mean, rstd: [M]
+/// float32.
+void layer_norm_forward(DType dtype, const void* x, int64_t x_stride, const void* residual, int64_t residual_stride,
+                        const float* weight, const float* bias, void* h, void* y, float* mean, float* rstd, int64_t M,
+                        int64_t N, float eps, int threads);
+
+/// dx = rstd * (g - mean(g) - xhat * mean(g * xhat)) + dh, where g = dy * weight and xhat = (x - mean) * rstd.
+/// dh: [M, N] contiguous or null, the gradient of the residual stream. dweight, dbias: [N] float32 or null,
+/// overwritten. scratch: norm_scratch(M, N) floats. The order of summation depends on M and N only, never on `threads`.
+void layer_norm_backward(DType dtype, const void* dy, int64_t dy_stride, const void* x, int64_t x_stride,
+                         const float* weight, const float* mean, const float* rstd, const void* dh, void* dx,
+                         float* dweight, float* dbias, float* scratch, int64_t M, int64_t N, int threads);
+
+/// y = h * rstd * (weight + offset), rstd = 1 / sqrt(mean(h^2) + eps); the rest as layer_norm_forward.
+void rms_norm_forward(DType dtype, const void* x, int64_t x_stride, const void* residual, int64_t residual_stride,
+                      const float* weight, float offset, void* h, void* y, float* rstd, int64_t M, int64_t N, float eps,
+                      int threads);
+
+/// dx = rstd * (g - xhat * mean(g * xhat)) + dh, where g = dy * (weight + offset) and xhat = x * rstd.
+void rms_norm_backward(DType dtype, const void* dy, int64_t dy_stride, const void* x, int64_t x_stride,
+                       const float* weight, float offset, const float* rstd, const void* dh, void* dx, float* dweight,
+                       float* scratch, int64_t M, int64_t N, int threads);
+
+}  // namespace fastlm::FASTLM_ISA
+
+namespace fastlm {
+
+// X(name, highest instruction set it has a variant for)
+#define FASTLM_KERNELS(X)        \
+  X(layer_norm_forward, avx512)  \
+  X(layer_norm_backward, avx512) \
+  X(rms_norm_forward, avx512)    \
+  X(rms_norm_backward, avx512)
+
+/// One pointer per entry point: the kernels of one instruction set.
+struct Kernels {
+#define X(name, top) decltype(&FASTLM_ISA::name) name;
+  FASTLM_KERNELS(X)
+#undef X
+};
+
+/// Kernels of the instruction set in use: the best one of this processor, unless set_isa() chose another.
+const Kernels& kernels();
+/// Instruction sets this build has and this processor can run, lowest first.
+std::vector<std::string> isas();
+std::string isa();
+/// Test hook. Throws std::invalid_argument for a name isas() does not list.
+void set_isa(const std::string& name);
+
+/// Rows are summed into this many partial sums of dweight and dbias, whatever the number of threads.
+inline int64_t norm_parts(int64_t M) { return M < 64 ? 1 : M < 1024 ? 8 : 32; }
+/// Floats of scratch that layer_norm_backward and rms_norm_backward need.
+inline int64_t norm_scratch(int64_t M, int64_t N) { return 2 * norm_parts(M) * N; }
+
+}  // namespace fastlm

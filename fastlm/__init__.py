@@ -1,0 +1,10 @@
+"""fastlm: fused kernels for training language models, and the layers, optimizers, models and trainer built from them.
+
+Importing it needs torch and numpy alone; `fastlm.train` and the command line import what they need themselves.
+"""
+
+from fastlm import ops
+from fastlm._dispatch import UnsupportedError, use_backend
+from fastlm._version import __version__
+
+__all__ = ["UnsupportedError", "__version__", "ops", "use_backend"]

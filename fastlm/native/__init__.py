@@ -1,0 +1,97 @@
+"""Wrappers of the C++ extension: tensor to pointer, sizes, strides, threads.
+
+A raw pointer trusts its caller: with a wrong dtype it corrupts the heap, from a fake tensor it is null. So `address`
+is the only way to one, and it looks first.
+"""
+
+from __future__ import annotations
+
+import importlib
+import platform
+from collections.abc import Sequence
+from types import ModuleType
+from typing import Any
+
+import torch
+
+DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+
+_extension: ModuleType | None
+try:
+    _extension = importlib.import_module("fastlm._C")
+except ModuleNotFoundError as error:
+    if error.name != "fastlm._C":
+        raise
+    _extension = None  # installed without a compiler; any other failure to load it is a fault and raises
+
+
+def missing() -> str | None:
+    """Why the CPU kernels cannot be used, or None."""
+    if _extension is None:
+        return ("fastlm._C is not built for this Python (no C++17 compiler was found when fastlm was installed, "
+                f"or it was built for another Python than {platform.python_version()})")  # fmt: skip
+    return None
+
+
+def extension() -> Any:
+    """The C++ extension, fastlm._C."""
+    if _extension is None:
+        raise ImportError(missing())
+    return _extension
+
+
+def isas() -> list[str]:
+    """Instruction sets of this build that this processor can run, lowest first; empty without the extension."""
+    return list(_extension.isas()) if _extension else []
+
+
+def isa() -> str | None:
+    """The instruction set in use."""
+    return str(_extension.isa()) if _extension else None
+
+
+def set_isa(name: str) -> None:
+    """Test hook: use the kernels of one instruction set from isas()."""
+    extension().set_isa(name)
+
+
+def threads() -> int:
+    return torch.get_num_threads()
+
+
+def address(name: str, tensor: torch.Tensor | None, *dtypes: torch.dtype, contiguous: bool = True) -> int:
+    """Address of a tensor's first element, or 0 for None.
+
+    Raises:
+        TypeError: not a real strided CPU tensor (a fake one, a wrapper, another layout), or not of these dtypes.
+        ValueError: not contiguous although it must be.
+    """
+    if tensor is None:
+        return 0
+    kind = type(tensor)
+    if kind is not torch.Tensor and kind.__torch_dispatch__ is not torch._C._disabled_torch_dispatch_impl:
+        raise TypeError(f"{name} is a {kind.__name__}, which has no memory of its own; a real tensor is needed")
+    if not tensor.is_cpu or tensor.layout is not torch.strided or tensor.is_neg():
+        raise TypeError(f"{name} must be a plain strided CPU tensor, got {tensor.layout} on {tensor.device}")
+    if tensor.dtype not in dtypes:
+        raise TypeError(f"{name} must be {' or '.join(str(d) for d in dtypes)}, got {tensor.dtype}")
+    if contiguous and not tensor.is_contiguous():
+        raise ValueError(f"{name} must be contiguous, got shape {tuple(tensor.shape)}, strides {tensor.stride()}")
+    return tensor.data_ptr()
+
+
+def rows(tensor: torch.Tensor) -> torch.Tensor:
+    """(..., N) as (M, N) with a contiguous last dimension: a view where strides allow, else a copy."""
+    n = tensor.shape[-1]
+    flat = tensor.reshape(-1, n) if tensor.numel() else tensor.reshape(tensor.numel() // max(n, 1), n)
+    return flat if flat.stride(1) == 1 or n <= 1 else flat.contiguous()
+
+
+def float32(tensor: torch.Tensor | None) -> torch.Tensor | None:
+    """A parameter as the kernels read it: float32, contiguous. No copy where it is that already."""
+    return None if tensor is None else tensor.to(torch.float32).contiguous()
+
+
+def empty(shape: Sequence[int], dtype: torch.dtype) -> torch.Tensor:
+    """Every output and scratch of a kernel comes from here, so that the tests can put canaries around it."""
+    return torch.empty(tuple(shape), dtype=dtype)

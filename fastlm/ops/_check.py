@@ -1,0 +1,39 @@
+"""Checks of arguments shared by several ops. Each message names the argument, what came and what is allowed."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+
+def check_floating(name: str, tensor: Tensor) -> None:
+    if not isinstance(tensor, Tensor):
+        raise TypeError(f"{name} must be a Tensor, got {type(tensor).__name__}")
+    if not tensor.is_floating_point():
+        raise TypeError(f"{name} must be floating point, got {tensor.dtype}")
+
+
+def check_device(name: str, tensor: Tensor, like: Tensor, like_name: str) -> None:
+    if tensor.device != like.device:
+        raise ValueError(f"{name} must be on the device of {like_name}, {like.device}, got {tensor.device}")
+
+
+def check_norm(x: Tensor, residual: Tensor | None, weight: Tensor | None, bias: Tensor | None) -> None:
+    """x (..., N), residual like x, weight and bias (N,)."""
+    check_floating("x", x)
+    if x.dim() == 0:
+        raise ValueError("x must have at least one dimension, got a scalar")
+    if residual is not None:
+        check_floating("residual", residual)
+        check_device("residual", residual, x, "x")
+        if residual.shape != x.shape or residual.dtype != x.dtype:
+            raise ValueError(
+                f"residual must be {tuple(x.shape)} of {x.dtype} like x, got {tuple(residual.shape)} of {residual.dtype}"
+            )
+    for name, parameter in (("weight", weight), ("bias", bias)):
+        if parameter is not None:
+            check_floating(name, parameter)
+            check_device(name, parameter, x, "x")
+            if parameter.shape != x.shape[-1:]:
+                raise ValueError(
+                    f"{name} must be ({x.shape[-1]},) like the last dimension of x, got {tuple(parameter.shape)}"
+                )

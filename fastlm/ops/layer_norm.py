@@ -1,0 +1,150 @@
+"""layer_norm and its form fused with the addition of a residual stream."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastlm import native
+from fastlm._dispatch import LOW_PRECISION, Backend, Op
+from fastlm.ops._check import check_norm
+from fastlm.ops._library import define, no_double_backward
+
+OP = Op(
+    "layer_norm",
+    Backend("cpu", "fastlm.native.layer_norm", frozenset({"cpu"}), LOW_PRECISION, missing=native.missing),
+    Backend("reference", "fastlm.reference.layer_norm"),
+)
+
+
+def _statistics(x: Tensor) -> torch.dtype:
+    return torch.float64 if x.dtype is torch.float64 else torch.float32
+
+
+def _fake_forward(
+    x: Tensor, residual: Tensor | None, weight: Tensor | None, bias: Tensor | None, eps: float
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    m, stat = x.shape[:-1].numel(), _statistics(x)
+    h = x.new_empty(x.shape if residual is not None else (0,))
+    return x.new_empty(x.shape), h, x.new_empty((m,), dtype=stat), x.new_empty((m,), dtype=stat)
+
+
+def _fake_backward(
+    dy: Tensor, x: Tensor, weight: Tensor | None, mean: Tensor, rstd: Tensor, dh: Tensor | None, needs_bias: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    n = x.shape[-1]
+    dw = x.new_empty((n if weight is not None else 0,), dtype=_statistics(x))
+    return x.new_empty(x.shape), dw, x.new_empty((n if needs_bias else 0,), dtype=_statistics(x))
+
+
+_forward = define(
+    OP,
+    "forward",
+    "(Tensor x, Tensor? residual, Tensor? weight, Tensor? bias, float eps, str backend)"
+    " -> (Tensor, Tensor, Tensor, Tensor)",
+    _fake_forward,
+)
+_backward = define(
+    OP,
+    "backward",
+    "(Tensor dy, Tensor x, Tensor? weight, Tensor mean, Tensor rstd, Tensor? dh, bool needs_bias, str backend)"
+    " -> (Tensor, Tensor, Tensor)",
+    _fake_backward,
+)
+
+
+class _LayerNorm(torch.autograd.Function):
+    """Saves h = x [+ residual], weight, mean (M,) and rstd (M,)."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        residual: Tensor | None,
+        weight: Tensor | None,
+        bias: Tensor | None,
+        eps: float,
+        backend: str,
+    ) -> Any:
+        y, h, mean, rstd = _forward(x, residual, weight, bias, eps, backend)
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(x if residual is None else h, weight, mean, rstd)
+        ctx.backend, ctx.bias_dtype = backend, None if bias is None else bias.dtype
+        return y if residual is None else (y, h)
+
+    @staticmethod
+    @no_double_backward
+    def backward(ctx: Any, dy: Tensor | None, dh: Tensor | None = None) -> Any:
+        h, weight, mean, rstd = ctx.saved_tensors
+        if dy is None:  # only the residual stream was used
+            return dh, dh, None, None, None, None
+        dx, dw, db = _backward(dy, h, weight, mean, rstd, dh, ctx.bias_dtype is not None, ctx.backend)
+        dweight = None if weight is None else dw.to(weight.dtype)
+        dbias = None if ctx.bias_dtype is None else db.to(ctx.bias_dtype)
+        return dx, dx if ctx.needs_input_grad[1] else None, dweight, dbias, None, None
+
+
+def layer_norm(
+    x: Tensor,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    eps: float = 1e-5,
+    *,
+    backend: str | None = None,
+) -> Tensor:
+    """Normalises the last dimension, then scales and shifts it (Ba et al. 2016, arXiv:1607.06450).
+
+    y = (x - mean) / sqrt(var + eps) * weight + bias, var being the biased variance. Accumulates in float32 (float64
+    for float64).
+
+    Args:
+        x: (..., N), float32, bfloat16, float16 or float64; any strides, a copy is made unless the last is 1.
+        weight, bias: (N,), any floating dtype; None stands for ones and zeros.
+        eps: added to the variance, in units of x squared.
+        backend: "cpu" or "reference"; None chooses.
+
+    Returns:
+        (..., N), dtype of x, contiguous.
+
+    Raises:
+        ValueError: shapes or devices do not agree.
+        TypeError: x is not floating point.
+        UnsupportedError: the backend asked for cannot run this.
+
+    Saved for backward: x, weight, mean (M,) and rstd (M,) in float32. No double backward.
+    """
+    check_norm(x, None, weight, bias)
+    name = OP.select(x, backend)
+    if torch.is_grad_enabled():
+        return _LayerNorm.apply(x, None, weight, bias, eps, name)
+    return _forward(x, None, weight, bias, eps, name)[0]
+
+
+def add_layer_norm(
+    x: Tensor,
+    residual: Tensor,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    eps: float = 1e-5,
+    *,
+    backend: str | None = None,
+) -> tuple[Tensor, Tensor]:
+    """h = x + residual, y = layer_norm(h, weight, bias, eps), in one pass; the backward adds h's gradient in its own.
+
+    Args:
+        x, residual: (..., N), same shape and dtype. The rest as layer_norm.
+
+    Returns:
+        (y, h), both (..., N) in the dtype of x. h is rounded to that dtype before it is normalised, as in the unfused
+        form.
+
+    Raises and saves as layer_norm, with h in place of x.
+    """
+    check_norm(x, residual, weight, bias)
+    name = OP.select(x, backend)
+    if torch.is_grad_enabled():
+        return _LayerNorm.apply(x, residual, weight, bias, eps, name)
+    y, h, _, _ = _forward(x, residual, weight, bias, eps, name)
+    return y, h

@@ -1,0 +1,43 @@
+"""forward() and backward() of layer_norm in plain PyTorch."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from fastlm.reference import wide
+
+
+def forward(
+    x: Tensor, residual: Tensor | None, weight: Tensor | None, bias: Tensor | None, eps: float
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    h = x if residual is None else x + residual
+    f = wide(h)
+    mean = f.mean(-1, keepdim=True)
+    rstd = ((f - mean).square().mean(-1, keepdim=True) + eps).rsqrt()
+    y = (f - mean) * rstd
+    if weight is not None:
+        y = y * weight.to(f.dtype)
+    if bias is not None:
+        y = y + bias.to(f.dtype)
+    return (
+        y.to(x.dtype).contiguous(),
+        (x.new_empty(0) if residual is None else h.contiguous()),
+        mean.flatten(),
+        rstd.flatten(),
+    )
+
+
+def backward(
+    dy: Tensor, x: Tensor, weight: Tensor | None, mean: Tensor, rstd: Tensor, dh: Tensor | None, needs_bias: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    n = x.shape[-1]
+    f, g = wide(x).reshape(mean.numel(), n), wide(dy).reshape(mean.numel(), n)
+    xhat = (f - mean[:, None]) * rstd[:, None]
+    dw = (g * xhat).sum(0) if weight is not None else f.new_empty(0)
+    db = g.sum(0) if needs_bias else f.new_empty(0)
+    if weight is not None:
+        g = g * weight.to(f.dtype)
+    dx = (g - g.mean(-1, keepdim=True) - xhat * (g * xhat).mean(-1, keepdim=True)) * rstd[:, None]
+    if dh is not None:
+        dx = dx + wide(dh).reshape(dx.shape)
+    return dx.to(x.dtype).reshape(x.shape).contiguous(), dw, db
