@@ -35,22 +35,25 @@ void norm_forward(const T* x, int64_t x_stride, const T* residual, int64_t resid
       if constexpr (CENTER) {
         for_vectors(N, [&](int64_t i, auto n) { total += load(row + i, n); });
         mu = sum(total) / N;
+        // The deviations also correct the mean, whose float32 sum is off by several ulp when the mean is large.
+        Vec deviations{};
+        const auto gather = [&](Vec d) {
+          deviations += d;
+          squares += d * d;
+        };
         int64_t i = 0;
-        for (; i + W <= N; i += W) {
-          const Vec d = load(row + i) - mu;
-          squares += d * d;
-        }
-        if (i < N) {  // the padding lanes must not count: their deviation is -mu, not 0
-          const Vec d = load_n(row + i, N - i, mu) - mu;
-          squares += d * d;
-        }
+        for (; i + W <= N; i += W) gather(load(row + i) - mu);
+        if (i < N) gather(load_n(row + i, N - i, mu) - mu);  // padding lanes deviate by 0, not by -mu
+        const float shift = sum(deviations) / N;
+        mu += shift;
+        squares[0] -= shift * shift * N;
       } else {
         for_vectors(N, [&](int64_t i, auto n) {
           const Vec v = load(row + i, n);
           squares += v * v;
         });
       }
-      const float r = 1.f / std::sqrt(sum(squares) / N + eps);
+      const float r = 1.f / std::sqrt(std::fmax(sum(squares), 0.f) / N + eps);
       T* out = y + m * N;
       for_vectors(N, [&](int64_t i, auto n) {
         Vec v = (load(row + i, n) - mu) * r;

@@ -13,6 +13,7 @@ def forward(
     h = x if residual is None else x + residual
     f = wide(h)
     mean = f.mean(-1, keepdim=True)
+    mean = mean + (f - mean).mean(-1, keepdim=True)  # a large mean's float32 sum is off by several ulp
     rstd = ((f - mean).square().mean(-1, keepdim=True) + eps).rsqrt()
     y = (f - mean) * rstd
     if weight is not None:

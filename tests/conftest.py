@@ -1,0 +1,63 @@
+"""For every test: a seed, poisoned allocations, canaries around what kernels write, and the settings put back."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterator
+
+import numpy as np
+import pytest
+import torch
+
+from fastlm import native
+
+CANARY = 256  # bytes on either side of a kernel's output
+
+
+@pytest.fixture(autouse=True)
+def seed() -> None:
+    random.seed(0)
+    np.random.seed(0)
+    torch.manual_seed(0)
+
+
+@pytest.fixture(autouse=True)
+def poison() -> Iterator[None]:
+    """torch.empty gives NaN: what a kernel forgets to write, or reads before it is written, shows."""
+    before = torch.are_deterministic_algorithms_enabled()
+    torch.use_deterministic_algorithms(True)
+    torch.utils.deterministic.fill_uninitialized_memory = True
+    yield
+    torch.use_deterministic_algorithms(before)
+
+
+@pytest.fixture(autouse=True)
+def canaries(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Outputs and scratch of the C++ kernels lie between guards that no kernel may touch."""
+    guards: list[tuple[np.ndarray, np.ndarray]] = []
+
+    def allocate(shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
+        payload = torch.empty(shape, dtype=dtype)  # poisoned
+        memory = np.full(payload.nbytes + 2 * CANARY, 42, dtype=np.uint8)
+        if payload.nbytes == 0 or len(guards) >= 10_000:
+            return payload
+        # Through numpy, because a view of a larger tensor would have a storage offset, which fake tensors do not.
+        tensor = torch.from_numpy(memory[CANARY:-CANARY]).view(dtype).view(shape)
+        guards.append((memory[:CANARY], memory[-CANARY:]))
+        return tensor.copy_(payload)
+
+    monkeypatch.setattr(native, "_allocate", allocate)
+    yield
+    for before, after in guards:
+        assert (before == 42).all(), "a kernel wrote before the start of a tensor"
+        assert (after == 42).all(), "a kernel wrote past the end of a tensor"
+
+
+@pytest.fixture(autouse=True)
+def settings() -> Iterator[None]:
+    """Thread count and instruction set as they were."""
+    threads, isa = torch.get_num_threads(), native.isa()
+    yield
+    torch.set_num_threads(threads)
+    if isa is not None:
+        native.set_isa(isa)
