@@ -111,8 +111,11 @@ class NinjaBuild(build_ext):
         cxx = find_compiler()
         if cxx is None:
             message = "no working C++17 compiler (tried $CXX, g++, clang++, c++)"
-            print(f"\n*** fastlm: {message}. Installing without fused CPU kernels: every op will run on its "
-                  f"PyTorch reference. Install a compiler and reinstall to have them. ***\n", file=sys.stderr)  # fmt: skip
+            print(
+                f"\n*** fastlm: {message}. Installing without fused CPU kernels: every op will run on its "
+                "PyTorch reference. Install a compiler and reinstall to have them. ***\n",
+                file=sys.stderr,
+            )
             return
         build = Path(self.build_temp).resolve()
         build.mkdir(parents=True, exist_ok=True)

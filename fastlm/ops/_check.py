@@ -26,9 +26,8 @@ def check_norm(x: Tensor, residual: Tensor | None, weight: Tensor | None, bias: 
         check_floating("residual", residual)
         check_device("residual", residual, x, "x")
         if residual.shape != x.shape or residual.dtype != x.dtype:
-            raise ValueError(
-                f"residual must be {tuple(x.shape)} of {x.dtype} like x, got {tuple(residual.shape)} of {residual.dtype}"
-            )
+            came = f"{tuple(residual.shape)} of {residual.dtype}"
+            raise ValueError(f"residual must be {tuple(x.shape)} of {x.dtype} like x, got {came}")
     for name, parameter in (("weight", weight), ("bias", bias)):
         if parameter is not None:
             check_floating(name, parameter)

@@ -131,7 +131,7 @@ def test_same_bits_again_and_for_any_thread_count(backend: str) -> None:
         assert_same_bits([*first[0], *first[1]], [*other[0], *other[1]])
 
 
-# --- with a residual ---------------------------------------------------------------------------------------------------
+# --- with a residual -------------------------------------------------------------------------------------------------
 
 
 def torch_add_layer_norm(x: Tensor, residual: Tensor, weight: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
@@ -166,7 +166,7 @@ def test_add_with_one_output_used(backend: str, used: int) -> None:
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
 
 
-# --- the pattern around the kernel -------------------------------------------------------------------------------------
+# --- the pattern around the kernel -----------------------------------------------------------------------------------
 
 
 @each_backend
