@@ -1,0 +1,55 @@
+# Two commands do everything on a fresh machine: `make demo` and `make test`.
+# A virtual environment in .venv is made when it is missing; nothing outside this folder is touched.
+PYTHON ?= python3
+VENV   ?= .venv
+TORCH  ?= 2.13.0
+BIN     = $(VENV)/bin
+PIP     = $(BIN)/python -m pip --disable-pip-version-check --quiet
+
+# Without an NVIDIA driver, torch's CPU build: the default one brings 5 GB of CUDA libraries. The local version label
+# makes that certain, because only CPU builds carry it. macOS and Arm have no such label; their default build is small.
+ifneq ($(shell nvidia-smi -L 2>/dev/null),)
+  INSTALL_TORCH = $(PIP) install "torch>=2.11"
+else ifeq ($(shell uname -sm),Linux x86_64)
+  INSTALL_TORCH = $(PIP) install "torch==$(TORCH)+cpu" 2>/dev/null || \
+                  $(PIP) install "torch==$(TORCH)+cpu" --index-url https://download.pytorch.org/whl/cpu
+else
+  INSTALL_TORCH = $(PIP) install "torch>=2.11"
+endif
+
+.PHONY: help demo test lint bench clean
+
+help:
+	@echo "make demo   train a small GPT on real text, about 2 minutes, and show its work"
+	@echo "make test   run the whole test suite"
+	@echo "make lint   ruff, mypy, clang-format"
+	@echo "make bench  time every op against its peers"
+	@echo "make clean  remove the build; .venv stays"
+
+# Rebuilt when a source of the extension or the packaging changes; Python files are used where they stand.
+$(VENV)/.installed: setup.py pyproject.toml Makefile $(shell find csrc -type f)
+	@test -x $(BIN)/python || { echo "making $(VENV) ..."; $(PYTHON) -m venv $(VENV); }
+	@$(BIN)/python -c "import torch" 2>/dev/null || { echo "installing torch ..."; $(INSTALL_TORCH); }
+	@echo "building fastlm ..."
+	@$(PIP) install "setuptools>=77" wheel pybind11 ninja
+	@$(PIP) install --no-build-isolation -e ".[test]"
+	@touch $@
+
+demo: $(VENV)/.installed
+	@$(BIN)/fastlm demo
+
+test: $(VENV)/.installed
+	@$(BIN)/python -m pytest -q tests
+
+lint: $(VENV)/.installed
+	@$(PIP) install --no-build-isolation -e ".[lint]"
+	$(BIN)/python -m ruff check .
+	$(BIN)/python -m ruff format --check .
+	$(BIN)/python -m mypy -p fastlm
+	$(BIN)/clang-format --dry-run --Werror $$(find csrc -name '*.cpp' -o -name '*.h')
+
+bench: $(VENV)/.installed
+	$(BIN)/python -m bench
+
+clean:
+	rm -rf build dist *.egg-info fastlm/_C*.so
