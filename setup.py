@@ -117,7 +117,8 @@ class NinjaBuild(build_ext):
                 file=sys.stderr,
             )
             return
-        build = Path(self.build_temp).resolve()
+        # Always here, so that an editable install recompiles only what changed; pip's own folder is a temporary one.
+        build = ROOT / "build" / f"temp.{sysconfig.get_platform()}-{sys.implementation.cache_tag}"
         build.mkdir(parents=True, exist_ok=True)
         target.parent.mkdir(parents=True, exist_ok=True)
         (build / "build.ninja").write_text(ninja_file(cxx, build, target))
@@ -149,7 +150,7 @@ if not (ROOT / "fastlm" / "kernels").is_dir():  # a checkout that lost the symbo
 setup(
     packages=packages,
     package_dir=package_dir,
-    package_data={"fastlm": ["py.typed"], "": ["*.cu", "*.cuh"]},
+    package_data={"fastlm": ["py.typed", "*.pyi"], "": ["*.cu", "*.cuh"]},
     ext_modules=[Extension("fastlm._C", [])],  # marks the wheel as built for one platform
     cmdclass={"build_ext": NinjaBuild},
 )
