@@ -41,6 +41,7 @@ PYBIND11_MODULE(_C, m) {
   FASTLM_KERNELS(X)
 #undef X
   m.def("isas", &isas);
+  m.def("built_isas", &built_isas);
   m.def("isa", &isa);
   m.def("set_isa", &set_isa);
   m.def("norm_scratch", &norm_scratch);

@@ -67,6 +67,8 @@ struct Kernels {
 const Kernels& kernels();
 /// Instruction sets this build has and this processor can run, lowest first.
 std::vector<std::string> isas();
+/// Instruction sets this build has, whether or not this processor can run them.
+std::vector<std::string> built_isas();
 std::string isa();
 /// Test hook. Throws std::invalid_argument for a name isas() does not list.
 void set_isa(const std::string& name);

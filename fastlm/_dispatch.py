@@ -137,6 +137,22 @@ class Op:
         """For each backend, the reasons against the request; an empty list means it can run it."""
         return {name: row.reasons(request) for name, row in self.rows.items()}
 
+    def why(self, request: Request) -> tuple[str, str]:
+        """The backend that would run the request, and why it and not another, in words.
+
+        Raises:
+            UnsupportedError: a backend is forced that cannot run it.
+        """
+        name, _ = self._choose(request, _forced)
+        if _forced is not None:
+            return name, "asked for"
+        refused = []
+        for other, reasons in self.explain(request).items():
+            if other == name:
+                break
+            refused.append(f"{other}: {'; '.join(reasons)}")
+        return name, f"not {', not '.join(refused)}" if refused else "first choice"
+
     def module(self, name: str) -> ModuleType:
         """The module that holds the backend's forward() and backward()."""
         found = self._modules.get(name)

@@ -75,6 +75,20 @@ std::vector<std::string> isas() {
   return names;
 }
 
+std::vector<std::string> built_isas() {
+  std::vector<std::string> names{"generic"};
+#if defined(FASTLM_HAVE_AVX2)
+  names.push_back("avx2");
+#endif
+#if defined(FASTLM_HAVE_AVX512)
+  names.push_back("avx512");
+#endif
+#if defined(FASTLM_HAVE_AMX)
+  names.push_back("amx");
+#endif
+  return names;
+}
+
 void set_isa(const std::string& name) {
   for (const Isa& isa : available())
     if (name == isa.name) {

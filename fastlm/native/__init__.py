@@ -47,6 +47,11 @@ def isas() -> list[str]:
     return list(_extension.isas()) if _extension else []
 
 
+def built_isas() -> list[str]:
+    """Instruction sets of this build, whether or not this processor can run them."""
+    return list(_extension.built_isas()) if _extension else []
+
+
 def isa() -> str | None:
     """The instruction set in use."""
     return str(_extension.isa()) if _extension else None

@@ -1,0 +1,30 @@
+"""Text to training batches: a corpus split by file, tokenizers, memory-mapped token shards, batches by number."""
+
+from fastlm.data.batches import IGNORE, RandomWindows, SequentialWindows
+from fastlm.data.corpus import Corpus, from_paths, standard_library
+from fastlm.data.dataset import Dataset, prepare
+from fastlm.data.files import atomic_file, atomic_folder, recover_folder
+from fastlm.data.shards import Shard, open_shard, write_shard
+from fastlm.data.tokenizer import BPETokenizer, ByteTokenizer, CharTokenizer, Tokenizer, load_tokenizer
+
+__all__ = [
+    "IGNORE",
+    "BPETokenizer",
+    "ByteTokenizer",
+    "CharTokenizer",
+    "Corpus",
+    "Dataset",
+    "RandomWindows",
+    "SequentialWindows",
+    "Shard",
+    "Tokenizer",
+    "atomic_file",
+    "atomic_folder",
+    "from_paths",
+    "load_tokenizer",
+    "open_shard",
+    "prepare",
+    "recover_folder",
+    "standard_library",
+    "write_shard",
+]

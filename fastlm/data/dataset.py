@@ -1,0 +1,101 @@
+"""A folder with everything a run reads: tokenizer.json, train.tokens, validation.tokens, dataset.json."""
+
+from __future__ import annotations
+
+import json
+import platform
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from fastlm.data.corpus import Corpus
+from fastlm.data.files import atomic_file
+from fastlm.data.shards import Shard, open_shard, write_shard
+from fastlm.data.tokenizer import BPETokenizer, ByteTokenizer, CharTokenizer, Tokenizer, load_tokenizer
+
+FILE = "dataset.json"
+KINDS = ("bpe", "char", "byte")
+
+
+@dataclass(frozen=True)
+class Dataset:
+    """Tokens of both sides of a corpus, and the tokenizer that made them.
+
+    Attributes:
+        info: source, licence, sha256, python, tokenizer kind, bytes and tokens of each side.
+    """
+
+    folder: Path
+    tokenizer: Tokenizer
+    train: Shard
+    validation: Shard
+    info: dict[str, Any]
+
+    @property
+    def validation_bytes(self) -> int:
+        """UTF-8 bytes of the validation text, what bits per byte are counted over."""
+        return int(self.info["validation_bytes"])
+
+    @classmethod
+    def open(cls, folder: str | Path) -> Dataset:
+        """Open what `prepare` wrote.
+
+        Raises:
+            FileNotFoundError: a file is missing.
+            ValueError: a file is damaged, or shards and tokenizer do not belong together.
+        """
+        folder = Path(folder)
+        path = folder / FILE
+        if not path.is_file():
+            raise FileNotFoundError(f"{path} does not exist; {folder} is not a data folder")
+        try:
+            info = json.loads(path.read_text(encoding="utf-8"))
+        except json.JSONDecodeError as error:
+            raise ValueError(f"{path} is damaged: {error}") from None
+        tokenizer = load_tokenizer(folder)
+        shards = [
+            open_shard(folder / f"{side}.tokens", tokenizer.vocab_size, tokenizer.fingerprint)
+            for side in ("train", "validation")
+        ]
+        return cls(folder, tokenizer, shards[0], shards[1], info)
+
+
+def prepare(corpus: Corpus, folder: str | Path, tokenizer: str | Tokenizer = "bpe", vocab_size: int = 4096) -> Dataset:
+    """Train a tokenizer on the training documents, write both sides as shards, open them.
+
+    Args:
+        tokenizer: "bpe", "char", "byte", or a tokenizer that is there already.
+        vocab_size: ids of the BPE tokenizer; the others have their own.
+    """
+    folder = Path(folder)
+    if isinstance(tokenizer, Tokenizer):
+        made = tokenizer
+    elif tokenizer == "bpe":
+        made = BPETokenizer.train(corpus.train, vocab_size)
+    elif tokenizer == "char":  # nanoGPT's way too: the alphabet of the whole corpus, or validation might not encode
+        made = CharTokenizer.train((*corpus.train, *corpus.validation))
+    elif tokenizer == "byte":
+        made = ByteTokenizer()
+    else:
+        raise ValueError(f"tokenizer must be one of {', '.join(KINDS)}, got {tokenizer!r}")
+    sizes = corpus.bytes
+    info = {
+        "source": corpus.source,
+        "licence": corpus.licence,
+        "sha256": corpus.sha256,
+        "python": platform.python_version(),
+        "tokenizer": made.kind,
+        "vocab_size": made.vocab_size,
+        "train_files": len(corpus.train),
+        "validation_files": len(corpus.validation),
+        "train_bytes": sizes[0],
+        "validation_bytes": sizes[1],
+    }
+    made.save(folder)
+    for side, documents in (("train", corpus.train), ("validation", corpus.validation)):
+        tokens = made.encode_documents(documents)
+        info[f"{side}_tokens"] = len(tokens)
+        write_shard(folder / f"{side}.tokens", tokens, made.vocab_size, made.fingerprint)
+    with atomic_file(folder / FILE) as file:
+        file.write((json.dumps(info, indent=2) + "\n").encode())
+    return Dataset.open(folder)

@@ -1,0 +1,91 @@
+"""Tokenizers: decode(encode(x)) == x, files, errors."""
+
+from __future__ import annotations
+
+import json
+import random
+from pathlib import Path
+
+import pytest
+
+from fastlm.data import BPETokenizer, ByteTokenizer, CharTokenizer, Tokenizer, load_tokenizer
+
+TEXTS = [
+    "",
+    "plain text, twice: plain text",
+    "def f(x):\n    return x  \n\n\n\tpass\r\n",
+    "中文 héllo 🙂🏽 \u200b\u0000 \ufffd e\u0301",
+    "a <|endoftext|> in the text",
+    "   leading and trailing   ",
+]
+
+
+@pytest.fixture(scope="module")
+def bpe() -> BPETokenizer:
+    return BPETokenizer.train(["def function(argument):\n    return argument\n" * 50, "hello hello world\n" * 50], 320)
+
+
+def every(bpe: BPETokenizer) -> list[Tokenizer]:
+    return [bpe, ByteTokenizer(), CharTokenizer.train(TEXTS)]
+
+
+@pytest.mark.parametrize("text", TEXTS)
+def test_round_trip(bpe: BPETokenizer, text: str) -> None:
+    for tokenizer in every(bpe):
+        ids = tokenizer.encode(text)
+        assert tokenizer.decode(ids) == text, tokenizer.kind
+        assert all(0 <= i < tokenizer.vocab_size for i in ids)
+
+
+def test_round_trip_of_random_text(bpe: BPETokenizer) -> None:
+    points = [c for c in range(0x110000) if not 0xD800 <= c < 0xE000]
+    for _ in range(200):
+        text = "".join(map(chr, random.choices(points, k=random.randrange(20))))
+        assert bpe.decode(bpe.encode(text)) == text
+        assert ByteTokenizer().decode(ByteTokenizer().encode(text)) == text
+
+
+def test_merges_are_learned(bpe: BPETokenizer) -> None:
+    assert len(bpe.encode("def function(argument):")) < 12
+    assert 257 < bpe.vocab_size <= 320
+
+
+def test_saved_and_loaded(bpe: BPETokenizer, tmp_path: Path) -> None:
+    for tokenizer in every(bpe):
+        tokenizer.save(tmp_path / tokenizer.kind)
+        loaded = load_tokenizer(tmp_path / tokenizer.kind)
+        assert (loaded.kind, loaded.vocab_size, loaded.separator, loaded.fingerprint) == (
+            tokenizer.kind, tokenizer.vocab_size, tokenizer.separator, tokenizer.fingerprint,
+        )  # fmt: skip
+        assert all(loaded.encode(text) == tokenizer.encode(text) for text in TEXTS)
+
+
+def test_documents_end_with_the_separator(bpe: BPETokenizer) -> None:
+    ids = bpe.encode_documents(["hello", "", "world"]).tolist()
+    end = bpe.separator
+    assert ids == [*bpe.encode("hello"), end, end, *bpe.encode("world"), end]
+    assert ByteTokenizer().encode_documents(["ab", "c"]).tolist() == [97, 98, 99]
+    assert bpe.encode_documents([]).size == 0
+
+
+def test_errors(bpe: BPETokenizer, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"'z' is not among the 2 characters"):
+        CharTokenizer("ab").encode("abz")
+    with pytest.raises(ValueError, match="different characters"):
+        CharTokenizer("aa")
+    with pytest.raises(ValueError, match=r"at least 257.*got 100"):
+        BPETokenizer.train(["x"], 100)
+    with pytest.raises(FileNotFoundError, match=r"tokenizer\.json does not exist"):
+        load_tokenizer(tmp_path)
+    bpe.save(tmp_path)
+    path = tmp_path / "tokenizer.json"
+    path.write_text(path.read_text()[:100])
+    with pytest.raises(ValueError, match=r"tokenizer\.json is damaged"):
+        load_tokenizer(tmp_path)
+    path.write_text(json.dumps({"type": "other"}))
+    with pytest.raises(ValueError, match="is not a tokenizer file"):
+        load_tokenizer(tmp_path)
+
+
+def test_bytes_that_are_no_character_do_not_raise() -> None:
+    assert ByteTokenizer().decode([0xE4, 0xB8]) == "\ufffd"
