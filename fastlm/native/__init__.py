@@ -17,6 +17,7 @@ import torch
 _allocate = torch.empty  # replaced by the tests
 
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+ACTIVATIONS = {"silu": 0, "gelu": 1, "gelu_tanh": 2}
 
 _extension: ModuleType | None
 try:

@@ -1,7 +1,22 @@
 """Every op as a function: validation, the choice of a backend, forward and backward."""
 
 from fastlm.ops.cross_entropy import cross_entropy
+from fastlm.ops.gelu import gelu
+from fastlm.ops.glu import geglu, swiglu
 from fastlm.ops.layer_norm import add_layer_norm, layer_norm
 from fastlm.ops.linear_cross_entropy import linear_cross_entropy
+from fastlm.ops.rms_norm import add_rms_norm, rms_norm
+from fastlm.ops.rope import rope
 
-__all__ = ["add_layer_norm", "cross_entropy", "layer_norm", "linear_cross_entropy"]
+__all__ = [
+    "add_layer_norm",
+    "add_rms_norm",
+    "cross_entropy",
+    "geglu",
+    "gelu",
+    "layer_norm",
+    "linear_cross_entropy",
+    "rms_norm",
+    "rope",
+    "swiglu",
+]

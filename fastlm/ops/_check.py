@@ -17,6 +17,11 @@ def check_device(name: str, tensor: Tensor, like: Tensor, like_name: str) -> Non
         raise ValueError(f"{name} must be on the device of {like_name}, {like.device}, got {tensor.device}")
 
 
+def check_choice(name: str, value: object, *allowed: str) -> None:
+    if value not in allowed:
+        raise ValueError(f"{name} must be {' or '.join(map(repr, allowed))}, got {value!r}")
+
+
 def check_norm(x: Tensor, residual: Tensor | None, weight: Tensor | None, bias: Tensor | None) -> None:
     """x (..., N), residual like x, weight and bias (N,)."""
     check_floating("x", x)
