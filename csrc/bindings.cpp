@@ -25,6 +25,11 @@ struct Arg<DType> {
   using type = int32_t;
   static DType cast(int32_t value) { return static_cast<DType>(value); }
 };
+template <>
+struct Arg<Activation> {
+  using type = int32_t;
+  static Activation cast(int32_t value) { return static_cast<Activation>(value); }
+};
 
 template <class... A>
 void bind(py::module_& m, const char* name, void (*Kernels::*kernel)(A...)) {

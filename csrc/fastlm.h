@@ -45,6 +45,34 @@ void rms_norm_backward(DType dtype, const void* dy, int64_t dy_stride, const voi
                        const float* weight, float offset, const float* rstd, const void* dh, void* dx, float* dweight,
                        float* scratch, int64_t M, int64_t N, int threads);
 
+// --- gelu, glu, rope
+// --------------------------------------------------------------------------------------------------
+
+/// y = act(x) for n contiguous elements of `dtype`.
+void gelu_forward(DType dtype, Activation activation, const void* x, void* y, int64_t n, int threads);
+
+/// dx = dy * act'(x).
+void gelu_backward(DType dtype, Activation activation, const void* dy, const void* x, void* dx, int64_t n, int threads);
+
+/// y = act(gate) * up. gate, up: M rows of N, last dimension contiguous; y: [M, N] contiguous.
+void glu_forward(DType dtype, Activation activation, const void* gate, int64_t gate_stride, const void* up,
+                 int64_t up_stride, void* y, int64_t M, int64_t N, int threads);
+
+/// dgate = dy * up * act'(gate), dup = dy * act(gate); both with rows out_stride apart.
+void glu_backward(DType dtype, Activation activation, const void* dy, int64_t dy_stride, const void* gate,
+                  int64_t gate_stride, const void* up, int64_t up_stride, void* dgate, void* dup, int64_t out_stride,
+                  int64_t M, int64_t N, int threads);
+
+/// Rotates the leading R channels of every head: (a, b) -> (a cos - b sin, b cos + a sin), by the opposite angle when
+/// `inverse`. Pairs are (i, i + R/2), or (2i, 2i + 1) when interleaved. q: [B, Hq, S, D] with strides in elements for
+/// batch, head and position; k likewise with Hk heads, or null; out of place.
+/// cos, sin: [S, R/2] contiguous float32, table_batch apart for each batch (0: one table for all).
+void rope(DType dtype, const void* q, int64_t q_batch, int64_t q_head, int64_t q_position, void* q_out,
+          int64_t q_out_batch, int64_t q_out_head, int64_t q_out_position, int64_t Hq, const void* k, int64_t k_batch,
+          int64_t k_head, int64_t k_position, void* k_out, int64_t k_out_batch, int64_t k_out_head,
+          int64_t k_out_position, int64_t Hk, const float* cos, const float* sin, int64_t table_batch, int64_t B,
+          int64_t S, int64_t D, int64_t R, bool interleaved, bool inverse, int threads);
+
 }  // namespace fastlm::FASTLM_ISA
 
 namespace fastlm {
@@ -54,7 +82,12 @@ namespace fastlm {
   X(layer_norm_forward, avx512)  \
   X(layer_norm_backward, avx512) \
   X(rms_norm_forward, avx512)    \
-  X(rms_norm_backward, avx512)
+  X(rms_norm_backward, avx512)   \
+  X(gelu_forward, avx512)        \
+  X(gelu_backward, avx512)       \
+  X(glu_forward, avx512)         \
+  X(glu_backward, avx512)        \
+  X(rope, avx512)
 
 /// One pointer per entry point: the kernels of one instruction set.
 struct Kernels {

@@ -24,7 +24,7 @@ void norm_forward(const T* x, int64_t x_stride, const T* residual, int64_t resid
   parallel_for(threads, M, 1 + 16384 / (N + 1), [=](int64_t begin, int64_t end) {
     for (int64_t m = begin; m < end; ++m) {
       const T* row = x + m * x_stride;
-      Vec total{}, squares{};
+      Vec squares{};
       if (residual) {
         const T* other = residual + m * residual_stride;
         T* out = h + m * N;
@@ -33,8 +33,7 @@ void norm_forward(const T* x, int64_t x_stride, const T* residual, int64_t resid
       }
       float mu = 0.f;
       if constexpr (CENTER) {
-        for_vectors(N, [&](int64_t i, auto n) { total += load(row + i, n); });
-        mu = sum(total) / N;
+        mu = sum(sum_vectors(N, [&](int64_t i, auto n) { return load(row + i, n); })) / N;
         // The deviations also correct the mean, whose float32 sum is off by several ulp when the mean is large.
         Vec deviations{};
         const auto gather = [&](Vec d) {
@@ -48,9 +47,9 @@ void norm_forward(const T* x, int64_t x_stride, const T* residual, int64_t resid
         mu += shift;
         squares[0] -= shift * shift * N;
       } else {
-        for_vectors(N, [&](int64_t i, auto n) {
+        squares = sum_vectors(N, [&](int64_t i, auto n) {
           const Vec v = load(row + i, n);
-          squares += v * v;
+          return v * v;
         });
       }
       const float r = 1.f / std::sqrt(std::fmax(sum(squares), 0.f) / N + eps);

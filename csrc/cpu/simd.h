@@ -248,6 +248,23 @@ inline void for_vectors(int64_t N, F f) {
   for (; i + W <= N; i += W) f(i, std::integral_constant<int64_t, W>{});
   if (i < N) f(i, N - i);
 }
+/// The sum of f(i, n) over the vectors of [0, N), in four running sums: the additions of one would wait for each other,
+/// and their rounding errors would all lean one way.
+template <class F>
+inline Vec sum_vectors(int64_t N, F f) {
+  constexpr std::integral_constant<int64_t, W> full;
+  Vec a{}, b{}, c{}, d{};
+  int64_t i = 0;
+  for (; i + 4 * W <= N; i += 4 * W) {
+    a += f(i, full);
+    b += f(i + W, full);
+    c += f(i + 2 * W, full);
+    d += f(i + 3 * W, full);
+  }
+  for (; i + W <= N; i += W) a += f(i, full);
+  if (i < N) b += f(i, N - i);
+  return (a + b) + (c + d);
+}
 template <class T>
 inline Vec load(const T* p, std::integral_constant<int64_t, W>) {
   return load(p);

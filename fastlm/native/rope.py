@@ -18,12 +18,14 @@ def rotate(
     table_stride = c.stride(0) if c.dim() == 3 and c.shape[0] > 1 else 0
     args: list[int] = []
     outs = []
+    inputs = []  # keeps copies alive until the kernel has read them
     for name, x in (("q", q), ("k", k)):
         if x is None:
             args += [0] * 9
             outs.append(empty((0,), q.dtype))
             continue
         x = x if x.stride(3) == 1 else x.contiguous()
+        inputs.append(x)
         out = like(x)
         args += [address(name, x, q.dtype, contiguous=False), *x.stride()[:3]]
         args += [address(f"{name}'", out, q.dtype, contiguous=False), *out.stride()[:3], x.shape[1]]

@@ -27,9 +27,7 @@ def _fake_backward(dy: Tensor, gate: Tensor, up: Tensor | None, activation: str)
     return gate.new_empty(gate.shape), gate.new_empty((0,) if up is None else up.shape)
 
 
-_forward = define(
-    OP, "forward", "(Tensor gate, Tensor? up, str activation, str backend) -> Tensor", _fake_forward
-)
+_forward = define(OP, "forward", "(Tensor gate, Tensor? up, str activation, str backend) -> Tensor", _fake_forward)
 _backward = define(
     OP,
     "backward",
@@ -99,9 +97,7 @@ def swiglu(gate: Tensor, up: Tensor | None = None, *, backend: str | None = None
     return _glu(gate, up, "silu", backend)
 
 
-def geglu(
-    gate: Tensor, up: Tensor | None = None, *, approximate: str = "none", backend: str | None = None
-) -> Tensor:
+def geglu(gate: Tensor, up: Tensor | None = None, *, approximate: str = "none", backend: str | None = None) -> Tensor:
     """y = gelu(gate) * up (Shazeer 2020, arXiv:2002.05202).
 
     Args:

@@ -126,7 +126,7 @@ def rope(
     Args:
         q: (B, H, S, D), float32, bfloat16, float16 or float64; any strides, a copy is made unless the last is 1.
         k: (B, Hk, S, D) of the same dtype, or None.
-        cos, sin: (S, R/2) or (B, S, R/2), R <= D: cosine and sine of position times frequency. float32 is read as it is.
+        cos, sin: (S, R/2) or (B, S, R/2), R <= D: of position times frequency. float32 is read as it is.
         interleaved: which channels make a pair.
         backend: "cpu" or "reference"; None chooses.
 

@@ -11,7 +11,7 @@ from fastlm.reference import wide
 def rotate(x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool) -> Tensor:
     """x (B, H, S, D) rotated by the angles of cos and sin, stored as x is: head by head or position by position."""
     f, r = wide(x), 2 * cos.shape[-1]
-    c, s = (t.to(f.dtype).reshape(-1, 1, *t.shape[-2:]) for t in (cos, sin))
+    c, s = (t.to(f.dtype) if t.dim() == 2 else t.to(f.dtype)[:, None] for t in (cos, sin))
     if interleaved:
         a, b = f[..., 0:r:2], f[..., 1:r:2]
         turned = torch.stack((a * c - b * s, b * c + a * s), -1).flatten(-2)

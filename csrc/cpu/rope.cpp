@@ -1,0 +1,117 @@
+// Rotary position embedding of queries and keys in one call.
+//   both ways  each pair (a, b) of the leading R channels becomes (a cos - b sin, b cos + a sin), with -sin for the
+//              inverse rotation, which is the backward; the channels from R on are copied
+//   pairs      (i, i + R/2), or (2i, 2i + 1) when interleaved
+//   memory     reads and writes q and k once; a block of the tables stays in the first-level cache for all heads
+//   parallel   batches times blocks of positions; the loop over heads is inside or outside the one over positions,
+//              whichever walks the memory of the tensor in order
+//   paper      Su et al. 2021 (arXiv:2104.09864)
+#include "fastlm.h"
+#include "parallel.h"
+#include "simd.h"
+
+namespace fastlm::FASTLM_ISA {
+namespace {
+
+/// Elements 0, 2, 4, ... and 1, 3, 5, ... of the 2 W elements of low and high.
+inline void unzip(Vec low, Vec high, Vec& even, Vec& odd) {
+#if defined(__AVX512F__)
+  const __m512i index = _mm512_setr_epi32(0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30);
+  const __m512i one = _mm512_set1_epi32(1);
+  even = (Vec)_mm512_permutex2var_ps((__m512)low, index, (__m512)high);
+  odd = (Vec)_mm512_permutex2var_ps((__m512)low, _mm512_add_epi32(index, one), (__m512)high);
+#else
+  for (int i = 0; i < W / 2; ++i) {
+    even[i] = low[2 * i], even[i + W / 2] = high[2 * i];
+    odd[i] = low[2 * i + 1], odd[i + W / 2] = high[2 * i + 1];
+  }
+#endif
+}
+
+/// The inverse of unzip.
+inline void zip(Vec even, Vec odd, Vec& low, Vec& high) {
+#if defined(__AVX512F__)
+  const __m512i index = _mm512_setr_epi32(0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23);
+  const __m512i eight = _mm512_set1_epi32(8);
+  low = (Vec)_mm512_permutex2var_ps((__m512)even, index, (__m512)odd);
+  high = (Vec)_mm512_permutex2var_ps((__m512)even, _mm512_add_epi32(index, eight), (__m512)odd);
+#else
+  for (int i = 0; i < W / 2; ++i) {
+    low[2 * i] = even[i], low[2 * i + 1] = odd[i];
+    high[2 * i] = even[i + W / 2], high[2 * i + 1] = odd[i + W / 2];
+  }
+#endif
+}
+
+template <bool INTERLEAVED, class T>
+inline void rotate(const T* x, T* y, const float* cos, const float* sin, float sign, int64_t D, int64_t R) {
+  const int64_t half = R / 2;
+  for_vectors(half, [&](int64_t i, auto n) {
+    const Vec c = load(cos + i, n), s = load(sin + i, n) * sign;
+    if constexpr (!INTERLEAVED) {
+      const Vec a = load(x + i, n), b = load(x + half + i, n);
+      store(y + i, a * c - b * s, n);
+      store(y + half + i, b * c + a * s, n);
+    } else {
+      const int64_t first = 2 * n < W ? 2 * n : W;
+      Vec a, b, low, high;
+      unzip(load_n(x + 2 * i, first), load_n(x + 2 * i + first, 2 * n - first), a, b);
+      zip(a * c - b * s, b * c + a * s, low, high);
+      store_n(y + 2 * i, low, first);
+      store_n(y + 2 * i + first, high, 2 * n - first);
+    }
+  });
+  if (D > R) std::memcpy(static_cast<void*>(y + R), x + R, (D - R) * sizeof(T));
+}
+
+}  // namespace
+
+void rope(DType dtype, const void* q, int64_t q_batch, int64_t q_head, int64_t q_position, void* q_out,
+          int64_t q_out_batch, int64_t q_out_head, int64_t q_out_position, int64_t Hq, const void* k, int64_t k_batch,
+          int64_t k_head, int64_t k_position, void* k_out, int64_t k_out_batch, int64_t k_out_head,
+          int64_t k_out_position, int64_t Hk, const float* cos, const float* sin, int64_t table_batch, int64_t B,
+          int64_t S, int64_t D, int64_t R, bool interleaved, bool inverse, int threads) {
+  constexpr int64_t BLOCK = 32;
+  const float sign = inverse ? -1.f : 1.f;
+  const int64_t blocks = ceil_div(S, BLOCK);
+  with_type(dtype, [=](auto type) {
+    using T = typename decltype(type)::type;
+    const auto turn = [=](auto pairs, const void* from, int64_t xb, int64_t xh, int64_t xs, void* to, int64_t yb,
+                          int64_t yh, int64_t ys, int64_t H, int64_t b, int64_t begin, int64_t end) {
+      const T* x = static_cast<const T*>(from) + b * xb;
+      T* y = static_cast<T*>(to) + b * yb;
+      const float *c = cos + b * table_batch, *s = sin + b * table_batch;
+      const auto row = [=](int64_t h, int64_t t) {
+        rotate<decltype(pairs)::value>(x + h * xh + t * xs, y + h * yh + t * ys, c + t * (R / 2), s + t * (R / 2), sign,
+                                       D, R);
+      };
+      if (xh < xs) {
+        for (int64_t t = begin; t < end; ++t)
+          for (int64_t h = 0; h < H; ++h) row(h, t);
+      } else {
+        for (int64_t h = 0; h < H; ++h)
+          for (int64_t t = begin; t < end; ++t) row(h, t);
+      }
+    };
+    const auto run = [=](auto pairs) {
+      const int64_t grain = 1 + 16384 / ((Hq + Hk) * (BLOCK < S ? BLOCK : S) * D + 1);
+      parallel_for(threads, B * blocks, grain, [=](int64_t first, int64_t last) {
+        for (int64_t item = first; item < last; ++item) {
+          const int64_t b = item / blocks, begin = item % blocks * BLOCK;
+          const int64_t end = begin + BLOCK < S ? begin + BLOCK : S;
+          turn(pairs, q, q_batch, q_head, q_position, q_out, q_out_batch, q_out_head, q_out_position, Hq, b, begin,
+               end);
+          if (k)
+            turn(pairs, k, k_batch, k_head, k_position, k_out, k_out_batch, k_out_head, k_out_position, Hk, b, begin,
+                 end);
+        }
+      });
+    };
+    if (interleaved)
+      run(std::true_type{});
+    else
+      run(std::false_type{});
+  });
+}
+
+}  // namespace fastlm::FASTLM_ISA
