@@ -45,8 +45,7 @@ void rms_norm_backward(DType dtype, const void* dy, int64_t dy_stride, const voi
                        const float* weight, float offset, const float* rstd, const void* dh, void* dx, float* dweight,
                        float* scratch, int64_t M, int64_t N, int threads);
 
-// --- gelu, glu, rope
-// --------------------------------------------------------------------------------------------------
+// --- gelu, glu, rope --------------------------------------------------------------------------------------------------
 
 /// y = act(x) for n contiguous elements of `dtype`.
 void gelu_forward(DType dtype, Activation activation, const void* x, void* y, int64_t n, int threads);
@@ -73,12 +72,28 @@ void rope(DType dtype, const void* q, int64_t q_batch, int64_t q_head, int64_t q
           int64_t k_out_position, int64_t Hk, const float* cos, const float* sin, int64_t table_batch, int64_t B,
           int64_t S, int64_t D, int64_t R, bool interleaved, bool inverse, int threads);
 
+// --- adam -----------------------------------------------------------------------------------------------------------
+
+/// *result = sum of the squares of all elements of `count` gradients. grads: their addresses; sizes: their elements.
+void adam_norm(DType dtype, const int64_t* grads, const int64_t* sizes, int64_t count, double* result, int threads);
+
+/// One step of Adam on `count` parameters of `dtype`; decay is decoupled (AdamW) or added to the gradient.
+/// table: [8, count]: elements; then addresses of the step (float32, incremented here), the parameter, exp_avg,
+/// exp_avg_sq, max_exp_avg_sq or 0, master copy or 0 (all float32 but the parameter); last the seed of stochastic
+/// rounding. A row of addresses is 0 for all tensors or for none. grads: addresses, of `dtype` or float32; each is
+/// multiplied by grad_scale (negative to maximise).
+void adam_step(DType dtype, DType grad_dtype, const int64_t* table, const int64_t* grads, int64_t count, double lr,
+               double beta1, double beta2, double eps, double weight_decay, bool decoupled, double grad_scale,
+               bool stochastic, int threads);
+
 }  // namespace fastlm::FASTLM_ISA
 
 namespace fastlm {
 
 // X(name, highest instruction set it has a variant for)
 #define FASTLM_KERNELS(X)        \
+  X(adam_norm, avx512)           \
+  X(adam_step, avx512)           \
   X(layer_norm_forward, avx512)  \
   X(layer_norm_backward, avx512) \
   X(rms_norm_forward, avx512)    \

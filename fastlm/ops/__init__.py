@@ -1,5 +1,6 @@
 """Every op as a function: validation, the choice of a backend, forward and backward."""
 
+from fastlm.ops.adam import adam_step, grad_norm
 from fastlm.ops.cross_entropy import cross_entropy
 from fastlm.ops.gelu import gelu
 from fastlm.ops.glu import geglu, swiglu
@@ -9,11 +10,13 @@ from fastlm.ops.rms_norm import add_rms_norm, rms_norm
 from fastlm.ops.rope import rope
 
 __all__ = [
+    "adam_step",
     "add_layer_norm",
     "add_rms_norm",
     "cross_entropy",
     "geglu",
     "gelu",
+    "grad_norm",
     "layer_norm",
     "linear_cross_entropy",
     "rms_norm",

@@ -1,0 +1,120 @@
+"""prepare(), forward() and norm() of adam in plain PyTorch, one tensor at a time."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from fastlm.reference import wide
+
+U32 = 0xFFFFFFFF
+U64 = 0xFFFFFFFFFFFFFFFF
+
+
+@dataclass
+class Prepared:
+    params: Sequence[Tensor]
+    exp_avgs: Sequence[Tensor]
+    exp_avg_sqs: Sequence[Tensor]
+    steps: Sequence[Tensor]
+    max_exp_avg_sqs: Sequence[Tensor]
+    master_params: Sequence[Tensor]
+    seeds: Sequence[int]
+
+    def current(self) -> bool:
+        return True  # tensors are read through PyTorch, wherever they lie
+
+
+def prepare(
+    params: Sequence[Tensor],
+    exp_avgs: Sequence[Tensor],
+    exp_avg_sqs: Sequence[Tensor],
+    steps: Sequence[Tensor],
+    max_exp_avg_sqs: Sequence[Tensor],
+    master_params: Sequence[Tensor],
+    seeds: Sequence[int],
+) -> Prepared:
+    return Prepared(params, exp_avgs, exp_avg_sqs, steps, max_exp_avg_sqs, master_params, seeds)
+
+
+def forward(
+    prepared: Prepared,
+    grads: Sequence[Tensor],
+    lr: float,
+    beta1: float,
+    beta2: float,
+    eps: float,
+    weight_decay: float,
+    decoupled: bool,
+    maximize: bool,
+    grad_scale: Tensor | None,
+    found_inf: Tensor | None,
+) -> None:
+    if found_inf is not None and found_inf.item():
+        return
+    scale = 1.0 if grad_scale is None else 1.0 / grad_scale.item()
+    for i, param in enumerate(prepared.params):
+        prepared.steps[i].add_(1)
+        step = prepared.steps[i].item()
+        w = wide(param)
+        if prepared.master_params:
+            master = prepared.master_params[i]
+            # A parameter that is not its master's rounding was changed from outside (weights were loaded): it counts.
+            w = torch.where(param == master.to(param.dtype), master, w)
+        grad = grads[i].to(w.dtype) * (-scale if maximize else scale)
+        if weight_decay != 0 and not decoupled:
+            grad = grad + w * weight_decay
+        first = prepared.exp_avgs[i].lerp_(grad, 1 - beta1)
+        second = prepared.exp_avg_sqs[i].mul_(beta2).addcmul_(grad, grad, value=1 - beta2)
+        if prepared.max_exp_avg_sqs:
+            second = torch.maximum(prepared.max_exp_avg_sqs[i], second, out=prepared.max_exp_avg_sqs[i])
+        update = first / (second.sqrt() / math.sqrt(1 - beta2**step) + eps) * (lr / (1 - beta1**step))
+        if weight_decay != 0 and decoupled:
+            update = update + w * (lr * weight_decay)
+        w = w - update
+        if prepared.master_params:
+            prepared.master_params[i].copy_(w)
+        if prepared.seeds:
+            w = _round_randomly(w, _random_bits(param, prepared.seeds[i], int(step)), param.dtype)
+        param.copy_(w)
+
+
+def norm(grads: Sequence[Tensor]) -> Tensor:
+    """Sum of squares, float64, 0-d."""
+    return torch.stack([wide(g).square().sum(dtype=torch.float64) for g in grads]).sum()
+
+
+def _random_bits(param: Tensor, seed: int, step: int) -> Tensor:
+    """32 bits for each element, hashed from (seed, step, index): csrc/cpu/adam.cpp, in int64. The index counts in the
+    parameter's memory order."""
+    z = (seed + step * 0x9E3779B97F4A7C15) & U64
+    z = ((z ^ (z >> 30)) * 0xBF58476D1CE4E5B9) & U64
+    z = ((z ^ (z >> 27)) * 0x94D049BB133111EB) & U64
+    z ^= z >> 31
+    x = torch.arange(param.numel(), device=param.device) & U32
+    x = x ^ (z & U32)
+    x = ((x ^ (x >> 16)) * 0x7FEB352D) & U32
+    x = ((((x ^ (x >> 15)) + (z >> 32)) & U32) * 0x846CA68B) & U32
+    x = x ^ (x >> 16)
+    stride = param.stride()
+    order = sorted(range(param.dim()), key=lambda d: (-stride[d], d))
+    inverse = sorted(range(param.dim()), key=order.__getitem__)
+    return x.view([param.shape[d] for d in order]).permute(inverse)
+
+
+def _round_randomly(w: Tensor, random: Tensor, dtype: torch.dtype) -> Tensor:
+    """w (float32) rounded to one of its two neighbours in dtype, with probability by nearness."""
+    u = w.contiguous().view(torch.int32)
+    if dtype is torch.bfloat16:
+        rounded = ((u + (random >> 16).to(torch.int32)) & -0x10000).view(torch.float32)
+    elif dtype is torch.float16:
+        rounded = ((u + (random >> 19).to(torch.int32)) & -0x2000).view(torch.float32)
+        small = torch.floor(w * 2.0**24 + (random >> 8).float() * 2.0**-24) * 2.0**-24
+        rounded = torch.where(w.abs() < 2.0**-14, small, rounded)
+    else:
+        return w
+    return torch.where(w.isnan(), w, rounded)
