@@ -26,7 +26,7 @@ ISAS = {  # name -> flags; explicit flags, because -march=native would tie the w
     "avx512": AVX512,
     "amx": [*AVX512, "-mavx512bf16", "-mamx-tile", "-mamx-bf16"],
 }
-AMX_SOURCES = {"table.cpp"}  # the sources with an AMX variant; the rest use their AVX-512 one there
+AMX_SOURCES = {"table.cpp", "attention_forward.cpp", "attention_backward.cpp"}  # the sources with an AMX variant; the rest use their AVX-512 one there
 SHARED_SOURCES = {"dispatch.cpp"}  # compiled once, for the baseline
 
 BASE_FLAGS = ["-O3", "-std=c++17", "-fPIC", "-fvisibility=hidden", "-Wall", "-Wextra", "-fno-math-errno",
@@ -70,7 +70,7 @@ def ninja_file(cxx: str, build: Path, target: Path) -> str:
     isas = {name: flags for name, flags in ISAS.items() if name == "generic" or (x86 and compiles(cxx, flags))}
     have = [f"-DFASTLM_HAVE_{name.upper()}" for name in isas]
     # GCC 12 takes the undefined operands inside its own intrinsics for ours.
-    quiet = ["-Wno-maybe-uninitialized"] if compiles(cxx, ["-Wno-maybe-uninitialized"]) else []
+    quiet = [flag for flag in ("-Wno-uninitialized", "-Wno-maybe-uninitialized") if compiles(cxx, [flag])]
     base = [*BASE_FLAGS, *quiet, *openmp, f"-I{quote(ROOT / 'csrc')}"]
 
     lines = [

@@ -50,4 +50,6 @@ PYBIND11_MODULE(_C, m) {
   m.def("isa", &isa);
   m.def("set_isa", &set_isa);
   m.def("norm_scratch", &norm_scratch);
+  m.def("attention_forward_scratch", &attention_forward_scratch);
+  m.def("attention_scratch", &attention_scratch);
 }

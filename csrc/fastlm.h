@@ -6,6 +6,7 @@
 // fastlm::generic, fastlm::avx2, fastlm::avx512 and fastlm::amx. To add a kernel: declare it here, add its name to
 // FASTLM_KERNELS below, define it in csrc/cpu/<op>.cpp. bindings.cpp and dispatch.cpp need no change.
 #pragma once
+#include <array>
 #include <string>
 #include <vector>
 
@@ -14,6 +15,11 @@
 #ifndef FASTLM_ISA
 #define FASTLM_ISA generic
 #endif
+
+namespace fastlm {
+/// Distances in elements between neighbours along each dimension of a 4-dimensional tensor; 0 where it is broadcast.
+using Strides = std::array<int64_t, 4>;
+}  // namespace fastlm
 
 namespace fastlm::FASTLM_ISA {
 
@@ -45,7 +51,8 @@ void rms_norm_backward(DType dtype, const void* dy, int64_t dy_stride, const voi
                        const float* weight, float offset, const float* rstd, const void* dh, void* dx, float* dweight,
                        float* scratch, int64_t M, int64_t N, int threads);
 
-// --- gelu, glu, rope --------------------------------------------------------------------------------------------------
+// --- gelu, glu, rope
+// --------------------------------------------------------------------------------------------------
 
 /// y = act(x) for n contiguous elements of `dtype`.
 void gelu_forward(DType dtype, Activation activation, const void* x, void* y, int64_t n, int threads);
@@ -71,6 +78,31 @@ void rope(DType dtype, const void* q, int64_t q_batch, int64_t q_head, int64_t q
           int64_t k_head, int64_t k_position, void* k_out, int64_t k_out_batch, int64_t k_out_head,
           int64_t k_out_position, int64_t Hk, const float* cos, const float* sin, int64_t table_batch, int64_t B,
           int64_t S, int64_t D, int64_t R, bool interleaved, bool inverse, int threads);
+// --- attention ------------------------------------------------------------------------------------------------------
+// Dimensions: B batch, H heads, Hk key heads (H / Hk query heads read one), S queries, T keys, D and Dv head dims <=
+// 256.
+
+/// out = softmax(scale * q k^T + mask) v, lse = log of the softmax's denominator; rows that see no key give 0 and -inf.
+/// q: [B, H, S, D], k: [B, Hk, T, D], v: [B, Hk, T, Dv], out: [B, H, S, Dv] of `dtype`, any strides but 1 in the last
+/// dimension. mask: null or [B, H, S, T] with any strides; mask_type: the value of a dtype for a bias that is added, 3
+/// for bool (true: attend), -1 for none. Query i sees key j only where j <= i + diagonal. seed: one number, read where
+/// dropout > 0. lse: [B, H, S] float32 contiguous. scratch: threads * attention_forward_scratch(D, Dv) floats.
+void attention_forward(DType dtype, const void* q, Strides q_strides, const void* k, Strides k_strides, const void* v,
+                       Strides v_strides, const void* mask, int32_t mask_type, Strides mask_strides,
+                       const int64_t* seed, void* out, Strides out_strides, float* lse, float* scratch, int64_t B,
+                       int64_t H, int64_t Hk, int64_t S, int64_t T, int64_t D, int64_t Dv, int64_t diagonal,
+                       float scale, double dropout, int threads);
+
+/// Gradients of out (dout) and lse (dlse, float32 contiguous or null) to dq, dk, dv (dk, dv summed over the query heads
+/// in float32) and, unless null, dbias: float32, with bias_strides over [B, H, S, T] and 0 where the bias is broadcast,
+/// zeroed by the caller. scratch: attention_scratch(...) floats.
+void attention_backward(DType dtype, const void* q, Strides q_strides, const void* k, Strides k_strides, const void* v,
+                        Strides v_strides, const void* mask, int32_t mask_type, Strides mask_strides,
+                        const int64_t* seed, const void* out, Strides out_strides, const void* dout,
+                        Strides dout_strides, const float* lse, const float* dlse, void* dq, Strides dq_strides,
+                        void* dk, Strides dk_strides, void* dv, Strides dv_strides, float* dbias, Strides bias_strides,
+                        float* scratch, int64_t B, int64_t H, int64_t Hk, int64_t S, int64_t T, int64_t D, int64_t Dv,
+                        int64_t diagonal, float scale, double dropout, int threads);
 
 // --- adam -----------------------------------------------------------------------------------------------------------
 
@@ -102,7 +134,9 @@ namespace fastlm {
   X(gelu_backward, avx512)       \
   X(glu_forward, avx512)         \
   X(glu_backward, avx512)        \
-  X(rope, avx512)
+  X(rope, avx512)                \
+  X(attention_forward, amx)      \
+  X(attention_backward, amx)
 
 /// One pointer per entry point: the kernels of one instruction set.
 struct Kernels {
@@ -125,5 +159,28 @@ void set_isa(const std::string& name);
 inline int64_t norm_parts(int64_t M) { return M < 64 ? 1 : M < 1024 ? 8 : 32; }
 /// Floats of scratch that layer_norm_backward and rms_norm_backward need.
 inline int64_t norm_scratch(int64_t M, int64_t N) { return 2 * norm_parts(M) * N; }
+
+constexpr int64_t ATTENTION_TILE = 64;
+/// Floats of scratch per thread.
+inline int64_t attention_forward_scratch(int64_t D, int64_t Dv) {
+  return (6 * (D + Dv + 62) + 4 * ATTENTION_TILE) * ATTENTION_TILE + 1024;
+}
+inline int64_t attention_backward_scratch(int64_t T, int64_t D, int64_t Dv) {
+  const int64_t rows = T + ATTENTION_TILE;
+  return (2 * rows + 5 * ATTENTION_TILE) * (D + Dv + 62) + 8 * ATTENTION_TILE * ATTENTION_TILE + 1024;
+}
+/// Among how many items the queries of one key head are shared in the backward, whatever the number of threads.
+inline int64_t attention_splits(int64_t B, int64_t H, int64_t Hk, int64_t S) {
+  const int64_t heads = B * Hk, pairs = H / Hk * ((S + 2 * ATTENTION_TILE - 1) / (2 * ATTENTION_TILE));
+  const int64_t wanted = heads >= 8 ? 1 : (16 + heads - 1) / heads;
+  return wanted < pairs ? wanted : pairs;
+}
+/// Floats of scratch that attention_backward needs.
+inline int64_t attention_scratch(int64_t B, int64_t H, int64_t Hk, int64_t S, int64_t T, int64_t D, int64_t Dv,
+                                 int threads) {
+  const int64_t splits = attention_splits(B, H, Hk, S);
+  const int64_t partials = splits > 1 ? B * Hk * splits * (T + ATTENTION_TILE) * (D + Dv + 62) : 0;
+  return threads * attention_backward_scratch(T, D, Dv) + partials + 64;
+}
 
 }  // namespace fastlm

@@ -1,6 +1,7 @@
 """Every op as a function: validation, the choice of a backend, forward and backward."""
 
 from fastlm.ops.adam import adam_step, grad_norm
+from fastlm.ops.attention import attention
 from fastlm.ops.cross_entropy import cross_entropy
 from fastlm.ops.gelu import gelu
 from fastlm.ops.glu import geglu, swiglu
@@ -13,6 +14,7 @@ __all__ = [
     "adam_step",
     "add_layer_norm",
     "add_rms_norm",
+    "attention",
     "cross_entropy",
     "geglu",
     "gelu",

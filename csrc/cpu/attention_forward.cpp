@@ -1,0 +1,139 @@
+// Attention, forward: softmax(scale * Q K^T + mask) V with the online softmax (Milakov and Gimelshein 2018, Rabe and
+// Staats 2021, Dao et al. 2022).
+//   algorithm  an item is up to CHUNK queries of one head. For each tile of 64 keys: pack K and V as float32 once, then
+//              for each 64 queries S^T = K Q^T, running maximum and sum per lane, O^T += V^T P^T.
+//              Running sums are rescaled only where the maximum grew by more than RESCALE: P stays below e^RESCALE.
+//   memory     reads Q once, K and V once per CHUNK queries, writes O and lse once; scratch O(CHUNK * D) per thread
+//   parallel   items, handed out one by one, the longest (last) queries first; each is summed in key order by one
+//              thread, so the result does not depend on the number of threads
+#include "attention.h"
+
+namespace fastlm::FASTLM_ISA {
+namespace {
+
+constexpr int64_t CHUNK = 4 * BQ;
+constexpr float RESCALE = 8.f;
+
+/// Running maximum and sum of 64 queries, and their outputs so far, transposed: [Dv][BQ].
+struct Running {
+  float *maximum, *total, *out;
+
+  void start(int64_t Dv) {
+    for (int64_t i = 0; i < BQ; ++i) maximum[i] = -INF, total[i] = 0.f;
+    std::memset(out, 0, Dv * BQ * sizeof(float));
+  }
+};
+
+/// One step of the online softmax: logits -> P in place.
+inline void softmax_tile(float* x, int64_t keys, int vectors, float scale, const Dropout& dropout, int64_t j0,
+                         Running& run, int64_t Dv) {
+  for (int n = 0; n < vectors; ++n) {
+    float* const column = x + n * W;
+    Vec highest = splat(-INF);
+    for (int64_t j = 0; j < keys; ++j) highest = vmax(load(column + j * BQ) * scale, highest);
+    const Vec before = load(run.maximum + n * W);
+    const Vec grown = highest > before + RESCALE ? splat(1.f) : Vec{};
+    Vec total = load(run.total + n * W), center = before;
+    if (max(grown) > 0.f) {
+      center = grown > Vec{} ? highest : before;
+      const Vec factor = grown > Vec{} ? exp_logit(before - highest) : splat(1.f);
+      total *= factor;
+      for (int64_t d = 0; d < Dv; ++d) store(run.out + d * BQ + n * W, load(run.out + d * BQ + n * W) * factor);
+      store(run.maximum + n * W, center);
+    }
+    center = center == splat(-INF) ? Vec{} : center;  // no key seen so far: every e^x below is 0
+    for (int64_t j = 0; j < keys; ++j) {
+      const Vec p = exp_logit(load(column + j * BQ) * scale - center);
+      total += p;
+      store(column + j * BQ, dropout.used ? dropout.apply(p, n, j0 + j) : p);
+    }
+    store(run.total + n * W, total);
+  }
+}
+
+template <class T>
+void forward_item(const Problem& p, void* out, const Strides& os, float* lse, int64_t b, int64_t h, int64_t i0,
+                  float* scratch) {
+  Arena arena(scratch);
+  const int64_t i1 = min64(p.S, i0 + CHUNK), blocks = ceil_div(i1 - i0, BQ);
+  const int64_t Dp = round_up(p.D, W), Dvp = round_up(p.Dv, W);
+  float* const kt = arena.take(BK * Dp);
+  float* const vt = arena.take(BK * Dvp);
+  float* const x = arena.take(BK * BQ);
+  MaskTile mask{arena.take(BK * BQ)};
+  Dropout dropout(p, arena);
+  float* qt[CHUNK / BQ];
+  Running run[CHUNK / BQ];
+  for (int64_t c = 0; c < blocks; ++c) {
+    qt[c] = arena.take(p.D * BQ);
+    run[c] = {arena.take(BQ), arena.take(BQ), arena.take(p.Dv * BQ)};
+    run[c].start(p.Dv);
+    const int64_t i = i0 + c * BQ, rows = min64(BQ, i1 - i);
+    pack(at<T>(p.q, p.qs, b, h, i), p.qs[2], rows, p.D, kt, Dp);  // kt is free until the first tile of keys
+    transpose_tile(kt, Dp, rows, p.D, qt[c]);
+  }
+  const int64_t hk = h / p.group();
+  for (int64_t j0 = 0; j0 < p.keys(i1); j0 += BK) {
+    const int64_t keys = min64(BK, p.T - j0);
+    bool packed = false, finite = true;
+    for (int64_t c = 0; c < blocks; ++c) {
+      const int64_t i = i0 + c * BQ, rows = min64(BQ, i1 - i), visible = i + p.diagonal - j0;
+      if (visible + rows <= 0) continue;
+      if (p.mask) {
+        mask.read(p, b, h, i, rows, j0, keys);
+        if (mask.empty) continue;
+      }
+      if (!packed) {
+        pack(at<T>(p.k, p.ks, b, hk, j0), p.ks[2], keys, p.D, kt, Dp);
+        finite = pack(at<T>(p.v, p.vs, b, hk, j0), p.vs[2], keys, p.Dv, vt, Dvp);
+        packed = true;
+      }
+      const int vectors = static_cast<int>(ceil_div(rows, W));
+      gemm<Lie::by_rows, false>(keys, rows, p.D, kt, Dp, qt[c], BQ, x, BQ);
+      float scale = p.scale;
+      if (mask.used || visible < keys - 1) {
+        mask_logits(x, keys, vectors, scale, mask, visible);
+        scale = 1.f;
+      }
+      if (dropout.used) dropout.set_rows(p, b, h, i);
+      softmax_tile(x, keys, vectors, scale, dropout, j0, run[c], p.Dv);
+      if (finite)
+        gemm<Lie::by_columns, true>(p.Dv, rows, keys, vt, Dvp, x, BQ, run[c].out, BQ);
+      else
+        gemm<Lie::by_columns, true, true>(p.Dv, rows, keys, vt, Dvp, x, BQ, run[c].out, BQ);
+    }
+  }
+  for (int64_t c = 0; c < blocks; ++c) {
+    const int64_t i = i0 + c * BQ, rows = min64(BQ, i1 - i);
+    Vec factor[NV];
+    for (int n = 0; n < NV; ++n) {
+      const Vec total = load(run[c].total + n * W);
+      factor[n] = total == Vec{} ? Vec{} : dropout.keep_scale / total;
+    }
+    store_transposed(run[c].out, factor, rows, p.Dv, at<T>(out, os, b, h, i), os[2]);
+    for (int64_t r = 0; r < rows; ++r) {
+      const float total = run[c].total[r];
+      lse[(b * p.H + h) * p.S + i + r] = total == 0.f ? -INF : run[c].maximum[r] + std::log(total);
+    }
+  }
+}
+
+}  // namespace
+
+void attention_forward(DType dtype, const void* q, Strides qs, const void* k, Strides ks, const void* v, Strides vs,
+                       const void* mask, int32_t mask_type, Strides ms, const int64_t* seed, void* out, Strides os,
+                       float* lse, float* scratch, int64_t B, int64_t H, int64_t Hk, int64_t S, int64_t T, int64_t D,
+                       int64_t Dv, int64_t diagonal, float scale, double dropout, int threads) {
+  const Problem p{q, k, v, mask, qs, ks, vs, ms, mask_type, seed, B, H, Hk, S, T, D, Dv, diagonal, scale, dropout};
+  const int64_t chunks = ceil_div(S, CHUNK), share = attention_forward_scratch(D, Dv);
+  const double work = 2. * B * H * S * T * (D + Dv);
+  with_type(dtype, [&](auto type) {
+    using E = typename decltype(type)::type;
+    parallel_items(work < 2e6 ? 1 : threads, B * H * chunks, [&](int64_t item, int thread) {
+      const int64_t head = item % (B * H), chunk = chunks - 1 - item / (B * H);
+      forward_item<E>(p, out, os, lse, head / H, head % H, chunk * CHUNK, scratch + thread * share);
+    });
+  });
+}
+
+}  // namespace fastlm::FASTLM_ISA
