@@ -26,7 +26,8 @@ ISAS = {  # name -> flags; explicit flags, because -march=native would tie the w
     "avx512": AVX512,
     "amx": [*AVX512, "-mavx512bf16", "-mamx-tile", "-mamx-bf16"],
 }
-AMX_SOURCES = {"table.cpp", "attention_forward.cpp", "attention_backward.cpp"}  # the sources with an AMX variant; the rest use their AVX-512 one there
+# The sources with an AMX variant; the rest use their AVX-512 one there.
+AMX_SOURCES = {"table.cpp", "attention_forward.cpp", "attention_backward.cpp"}
 SHARED_SOURCES = {"dispatch.cpp"}  # compiled once, for the baseline
 
 BASE_FLAGS = ["-O3", "-std=c++17", "-fPIC", "-fvisibility=hidden", "-Wall", "-Wextra", "-fno-math-errno",

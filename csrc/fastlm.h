@@ -172,8 +172,8 @@ inline int64_t attention_backward_scratch(int64_t T, int64_t D, int64_t Dv) {
 /// Among how many items the queries of one key head are shared in the backward, whatever the number of threads.
 inline int64_t attention_splits(int64_t B, int64_t H, int64_t Hk, int64_t S) {
   const int64_t heads = B * Hk, pairs = H / Hk * ((S + 2 * ATTENTION_TILE - 1) / (2 * ATTENTION_TILE));
-  const int64_t wanted = heads >= 8 ? 1 : (16 + heads - 1) / heads;
-  return wanted < pairs ? wanted : pairs;
+  const int64_t wanted = heads >= 8 || pairs < 2 || heads == 0 ? 1 : (16 + heads - 1) / heads;
+  return wanted < pairs || pairs < 2 ? wanted : pairs;
 }
 /// Floats of scratch that attention_backward needs.
 inline int64_t attention_scratch(int64_t B, int64_t H, int64_t Hk, int64_t S, int64_t T, int64_t D, int64_t Dv,

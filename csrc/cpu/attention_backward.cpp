@@ -1,8 +1,8 @@
 // Attention, backward: P is made again from Q, K and the saved lse (Dao et al. 2022, arXiv:2205.14135).
 //   algorithm  an item is a share of the queries of one key head (all query heads of its group). K and V are packed
 //              once; for each 64 queries and each tile of keys
-//                S^T = K Q^T, dP^T = V dO^T, P^T = e^(S^T - lse), dS^T = P^T (dP^T - delta) with delta = rowsum(dO O) - dlse,
-//                dV += P^T dO, dK += dS^T Q, dQ += dS K.
+//                S^T = K Q^T, dP^T = V dO^T, P^T = e^(S^T - lse), dS^T = P^T (dP^T - delta) with delta = rowsum(dO O) -
+//                dlse, dV += P^T dO, dK += dS^T Q, dQ += dS K.
 //   memory     reads q, k, v, out, dout once, writes dq, dk, dv once; scratch 4 T D floats per thread
 //   parallel   items. Where B * Hk is small, the queries of a key head are shared among attention_splits() items (a
 //              function of the shape alone), whose dK and dV are added up in order: the result does not depend on the

@@ -88,7 +88,8 @@ def backward(
     q, k, v, out, dout = _dense(q), _dense(k), _dense(v), _dense(out), _dense(dout)
     dlse = None if dlse is None else dlse.contiguous()
     dq, dk, dvalue = _like(q, d), _like(k, d), _like(v, dv)
-    dbias, bias_strides = empty((0,), F32), NONE
+    bias_strides: tuple[int, ...] = NONE
+    dbias = empty((0,), F32)
     if needs_bias:
         assert mask is not None
         dbias = empty(mask.shape, F32).zero_()

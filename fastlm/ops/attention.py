@@ -109,9 +109,7 @@ class _Attention(torch.autograd.Function):
         if dout is None:  # only lse was used
             dout = torch.zeros_like(out)
         needs_bias = mask is not None and ctx.needs_input_grad[3]
-        dq, dk, dv, dbias = _backward(
-            dout, dlse, q, k, v, mask, seed, out, lse, *ctx.options, needs_bias, ctx.backend
-        )
+        dq, dk, dv, dbias = _backward(dout, dlse, q, k, v, mask, seed, out, lse, *ctx.options, needs_bias, ctx.backend)
         dmask = dbias.to(mask.dtype) if needs_bias else None
         return dq, dk, dv, dmask, None, None, None, None, None
 

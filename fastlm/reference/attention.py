@@ -111,7 +111,7 @@ def backward(
     groups = (b, hk, h // hk, s)
     x, seen = _logits(q, k, mask, causal, scale)
     p = (x - lse.masked_fill(lse == -torch.inf, torch.inf).view(groups).unsqueeze(-1)).exp()
-    g = wide(dout).reshape(*groups, -1)
+    g = wide(dout).reshape(*groups, v.shape[-1])
     delta = (g * wide(out).reshape(g.shape)).sum(-1)
     if dlse is not None:
         delta = delta - dlse.reshape(groups)

@@ -1,0 +1,599 @@
+"""attention: every case on every backend and instruction set, against float64."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Sequence
+from functools import cache
+from typing import Any, NamedTuple
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+
+import fastlm
+from fastlm import ops
+from fastlm.ops.attention import OP
+from fastlm.reference.attention import kept
+from tests.ops.harness import (
+    BACKENDS,
+    BACKWARD,
+    FORWARD,
+    assert_accurate,
+    assert_all_accurate,
+    assert_same_bits,
+    assert_same_values,
+    differentiate,
+    each_backend,
+    each_dtype,
+    on,
+    refuses,
+)
+
+INF = float("inf")
+one_of_each = pytest.mark.parametrize("backend", dict.fromkeys([BACKENDS[0], BACKENDS[-1]]))  # what no ISA changes
+GRADS = ("dq", "dk", "dv", "dmask")
+
+
+class Case(NamedTuple):
+    B: int
+    H: int
+    Hk: int
+    S: int
+    T: int
+    D: int
+    Dv: int
+    causal: Any = False
+    mask: str = ""
+    scale: float | None = None
+
+    def __str__(self) -> str:
+        return "-".join(str(x) for x in self if x not in ("", None))
+
+
+CASES = [
+    Case(1, 1, 1, 1, 1, 1, 1),
+    Case(2, 4, 4, 64, 64, 32, 32, True),
+    Case(1, 2, 2, 63, 65, 7, 7),
+    Case(1, 2, 1, 65, 63, 40, 40, "bottom-right"),
+    Case(2, 3, 1, 97, 127, 59, 80, "top-left"),
+    Case(1, 2, 2, 129, 129, 64, 64, True),
+    Case(1, 6, 2, 129, 300, 80, 96, "bottom-right"),
+    Case(1, 1, 1, 300, 97, 128, 128, True),
+    Case(1, 1, 1, 65, 70, 256, 256, True),
+    Case(1, 1, 1, 70, 65, 16, 200),
+    Case(1, 1, 1, 1, 127, 64, 64, "bottom-right"),
+    Case(1, 1, 1, 127, 2, 64, 64),
+    Case(1, 1, 1, 520, 90, 32, 32, "bottom-right"),
+    Case(2, 2, 1, 70, 100, 32, 32, False, "bool (B,H,S,T)"),
+    Case(2, 2, 2, 66, 130, 24, 24, True, "bool (B,1,1,T)"),
+    Case(2, 4, 2, 40, 70, 16, 16, False, "float (1,H,S,T)"),
+    Case(2, 2, 2, 33, 66, 16, 8, "bottom-right", "float (B,1,S,1)"),
+    Case(2, 2, 2, 50, 66, 16, 16, False, "float (H,1,T)"),
+    Case(2, 2, 2, 20, 30, 16, 16, False, "float (1,1,1,1)"),
+    Case(1, 2, 2, 65, 65, 32, 32, True, "", -0.3),
+    Case(1, 2, 2, 65, 65, 32, 32, False, "", 1e-3),
+]
+
+
+def formula(
+    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None, *, causal: Any = False, scale: float | None = None
+) -> tuple[Tensor, Tensor]:
+    """Written out, S x T and all, independently of fastlm.reference."""
+    s, t, groups = q.shape[2], k.shape[2], q.shape[1] // k.shape[1]
+    x = q @ k.repeat_interleave(groups, 1).mT * (1 / math.sqrt(q.shape[3]) if scale is None else scale)
+    if mask is not None:
+        x = x.masked_fill(~mask, -INF) if mask.dtype is torch.bool else x + mask
+    if causal:
+        diagonal = t - s if causal == "bottom-right" else 0
+        x = x.masked_fill(~torch.ones(s, t, dtype=torch.bool).tril(diagonal), -INF)
+    lse = x.logsumexp(-1)
+    blind = (x == -INF).all(-1, keepdim=True)
+    p = x.masked_fill(blind, 0).softmax(-1).masked_fill(blind, 0)
+    return p @ v.repeat_interleave(groups, 1), lse
+
+
+def eager(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, *, causal: Any, scale: float | None) -> Tensor:
+    """PyTorch's own, in the dtype of q."""
+    h, s, t = *q.shape[1:3], k.shape[2]
+    if causal:
+        below = torch.ones(s, t, dtype=torch.bool).tril(t - s if causal == "bottom-right" else 0)
+        mask = below if mask is None else mask & below if mask.dtype is torch.bool else mask.masked_fill(~below, -INF)
+    if mask is not None and mask.dtype is not torch.bool:
+        mask = mask.to(q.dtype)
+    groups = h // k.shape[1]
+    k, v = k.repeat_interleave(groups, 1), v.repeat_interleave(groups, 1)
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale)
+
+
+def make_mask(case: Case) -> Tensor | None:
+    if not case.mask:
+        return None
+    kind, _, dims = case.mask.partition(" ")
+    sizes = {"B": case.B, "H": case.H, "S": case.S, "T": case.T, "1": 1}
+    shape = [sizes[d] for d in dims.strip("()").split(",")]
+    return torch.rand(shape) < 0.7 if kind == "bool" else torch.randn(shape)
+
+
+def make(case: Case, dtype: torch.dtype = torch.float32) -> list[Tensor]:
+    q = torch.randn(case.B, case.H, case.S, case.D)
+    k = torch.randn(case.B, case.Hk, case.T, case.D)
+    v = torch.randn(case.B, case.Hk, case.T, case.Dv)
+    return [x.to(dtype) for x in (q, k, v)]
+
+
+class Expected(NamedTuple):
+    """Float64 and eager PyTorch, made once for all backends."""
+
+    oracle: list[Tensor]
+    oracle_grads: list[Tensor]
+    out: list[Tensor]
+    lse: Tensor
+    grads: list[Tensor]
+
+
+def expect(case: Case, tensors: Sequence[Tensor], mask: Tensor | None) -> Expected:
+    options = {"causal": case.causal, "scale": case.scale}
+    dtype, wide = tensors[0].dtype, [x.double() for x in tensors]
+    oracle, oracle_grads = differentiate(lambda *x: formula(*x, **options), [*wide, as_dtype(mask, torch.float64)])
+    with torch.no_grad():
+        out = eager(*tensors, mask, **options)
+        lse = formula(*(x.float() for x in tensors), as_dtype(mask, torch.float32), **options)[1]
+    _, grads = differentiate(lambda *x: formula(*x, **options), [*tensors, as_dtype(mask, dtype)])
+    return Expected(oracle, oracle_grads, [out], lse, grads)
+
+
+@cache
+def prepared(case: Case, dtype: torch.dtype) -> tuple[list[Tensor], Tensor | None, Expected]:
+    tensors, mask = make(case, dtype), make_mask(case)
+    return tensors, mask, expect(case, tensors, mask)
+
+
+def compare(case: Case, backend: str, tensors: list[Tensor], mask: Tensor | None, expected: Expected) -> None:
+    with on(backend):
+        (out, lse), grads = differentiate(
+            lambda q, k, v, m: ops.attention(q, k, v, mask=m, causal=case.causal, scale=case.scale, return_lse=True),
+            [*tensors, mask],
+        )
+    dtype = tensors[0].dtype
+    assert out.dtype == dtype and lse.dtype == torch.float32
+    assert_all_accurate(["out"], [out], expected.oracle[:1], expected.out, FORWARD)
+    assert_accurate("lse", lse, expected.oracle[1], expected.lse, FORWARD)
+    assert_all_accurate(GRADS[: len(grads)], grads, expected.oracle_grads, expected.grads, BACKWARD)
+
+
+def as_dtype(mask: Tensor | None, dtype: torch.dtype) -> Tensor | None:
+    return mask if mask is None or mask.dtype is torch.bool else mask.to(dtype)
+
+
+@each_backend
+@each_dtype
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_matches_float64(backend: str, dtype: torch.dtype, case: Case) -> None:
+    compare(case, backend, *prepared(case, dtype))
+
+
+@each_backend
+@each_dtype
+def test_bias_in_the_dtype_of_q(backend: str, dtype: torch.dtype) -> None:
+    case = Case(2, 2, 2, 70, 66, 16, 16, True)
+    tensors, bias = make(case, dtype), torch.randn(2, 70, 66).to(dtype)
+    compare(case, backend, tensors, bias, expect(case, tensors, bias))
+
+
+@each_backend
+@pytest.mark.parametrize("empty", [Case(0, 2, 1, 5, 6, 8, 8), Case(2, 2, 2, 0, 6, 8, 8), Case(2, 2, 2, 5, 0, 8, 8)])
+def test_empty(backend: str, empty: Case) -> None:
+    with on(backend):
+        (out, lse), grads = differentiate(lambda *x: ops.attention(*x, causal=True, return_lse=True), make(empty))
+    assert out.shape == (empty.B, empty.H, empty.S, empty.Dv) and bool((out == 0).all())
+    assert lse.shape == out.shape[:3] and bool((lse == -INF).all())
+    assert all(bool((g == 0).all()) for g in grads)
+
+
+@each_backend
+def test_one_key_and_scale_zero(backend: str) -> None:
+    """Weights that do not depend on q and k: their gradients are 0 up to rounding."""
+    for case in (Case(1, 2, 2, 70, 1, 32, 32), Case(1, 2, 2, 30, 40, 32, 32, scale=0.0)):
+        tensors = make(case)
+        with on(backend):
+            (out,), grads = differentiate(lambda *x, c=case: ops.attention(*x, scale=c.scale), tensors)
+        torch.testing.assert_close(out, tensors[2].mean(2, keepdim=True).expand(out.shape))
+        for grad in grads[:2]:
+            torch.testing.assert_close(grad, torch.zeros_like(grad), atol=1e-5, rtol=0)
+
+
+# --- memory layouts ---------------------------------------------------------------------------------------------------
+
+
+@each_backend
+def test_every_layout_gives_the_same(backend: str) -> None:
+    """All orders of dimensions, slices that break alignment, stride-0 keys."""
+    tensors = make(Case(2, 2, 2, 70, 70, 24, 24))
+    run = lambda q, k, v: ops.attention(q, k, v, causal=True)  # noqa: E731
+    with on(backend):
+        out, grads = differentiate(run, tensors)
+        for order in itertools.permutations(range(4)):
+            back = [order.index(d) for d in range(4)]
+            views = [x.permute(order).contiguous().permute(back) for x in tensors]
+            other, other_grads = differentiate(run, views)
+            assert_same_values(backend, [*other, *other_grads], [*out, *grads], str(order))
+        packed = torch.full((2, 70, 3, 2, 25), float("nan"))
+        packed[..., 1:] = torch.stack([x.transpose(1, 2) for x in tensors], 2)
+        views = [packed[:, :, i, :, 1:].transpose(1, 2) for i in range(3)]
+        other, other_grads = differentiate(run, views)
+        assert_same_values(backend, [*other, *other_grads], [*out, *grads], "packed")
+        q, k, v = tensors
+        one = [q, k[:1, :1].expand(2, 2, 70, 24), v[:1, :1].expand(2, 2, 70, 24)]
+        expected = differentiate(run, [q, one[1].contiguous(), one[2].contiguous()])
+        other = differentiate(run, one)
+        assert_same_values(backend, [*other[0], *other[1]], [*expected[0], *expected[1]], "expanded")
+
+
+@each_backend
+def test_output_keeps_the_layout_of_q(backend: str) -> None:
+    q, k, v = (torch.randn(2, 9, 3, 8).transpose(1, 2).requires_grad_() for _ in range(3))
+    with on(backend):
+        out = ops.attention(q, k, v)
+        assert out.transpose(1, 2).is_contiguous()
+        grads = torch.autograd.grad(out, (q, k, v), torch.randn_like(out))
+        assert all(g.transpose(1, 2).is_contiguous() for g in grads)
+        assert ops.attention(q.contiguous(), k, v).is_contiguous()
+
+
+@each_backend
+def test_expanded_and_strided_upstream(backend: str) -> None:
+    tensors = make(Case(2, 2, 1, 30, 40, 16, 16))
+    with on(backend):
+        for grad in (
+            torch.randn(()).expand(2, 2, 30, 16),
+            torch.randn(2, 1, 1, 16).expand(2, 2, 30, 16),
+            torch.randn(2, 1, 30, 1).expand(2, 2, 30, 16),
+            torch.randn(16, 30, 2, 2).permute(2, 3, 1, 0),
+        ):
+            _, expected = differentiate(ops.attention, tensors, [grad.contiguous()])
+            _, grads = differentiate(ops.attention, tensors, [grad])
+            assert_same_values(backend, grads, expected, "upstream")
+
+
+@each_backend
+@pytest.mark.parametrize("kind", ["bool", "float"])
+def test_mask_strides(backend: str, kind: str) -> None:
+    """Transposed, sliced and expanded masks are read in place."""
+    tensors = make(Case(2, 2, 2, 70, 75, 16, 16))
+    mask = torch.rand(2, 2, 70, 75) < 0.6 if kind == "bool" else torch.randn(2, 2, 70, 75)
+    wide = torch.zeros(2, 2, 70, 80, dtype=mask.dtype)
+    wide[..., 3:78] = mask
+    with on(backend):
+        expected = ops.attention(*tensors, mask=mask)
+        for view in (
+            mask.mT.contiguous().mT,
+            wide[..., 3:78],
+            mask.permute(3, 2, 1, 0).contiguous().permute(3, 2, 1, 0),
+        ):
+            assert_same_values(backend, [ops.attention(*tensors, mask=view)], [expected])
+        column = mask[:, :, :, 5:6]
+        for narrow, full in ((mask[:1, :, :1], mask[:1, :, :1]), (column, column)):
+            expected = ops.attention(*tensors, mask=full.expand(2, 2, 70, 75).contiguous())
+            assert_same_values(backend, [ops.attention(*tensors, mask=narrow)], [expected])
+            assert_same_values(backend, [ops.attention(*tensors, mask=narrow.expand(2, 2, 70, 75))], [expected])
+
+
+# --- masks that hide everything, values that must not leak ------------------------------------------------------------
+
+
+@each_backend
+@each_dtype
+@pytest.mark.parametrize("kind", ["bool", "float"])
+def test_rows_that_see_no_key(backend: str, dtype: torch.dtype, kind: str) -> None:
+    case = Case(2, 2, 1, 70, 130, 32, 32)
+    tensors = make(case, dtype)
+    seen = torch.rand(2, 1, 70, 130) < 0.5
+    seen[0, :, 3], seen[1, :, 60:], seen[:, :, :, 64:128] = False, False, False
+    mask = seen if kind == "bool" else torch.zeros(seen.shape).masked_fill(~seen, -INF)
+    with on(backend):
+        (out, lse), grads = differentiate(lambda *x: ops.attention(*x, mask=mask, return_lse=True), tensors)
+    assert bool((out[0, :, 3] == 0).all()) and bool((lse[1, :, 60:] == -INF).all())
+    assert bool((grads[0][0, :, 3] == 0).all()) and bool((grads[2][:, :, 64:128] == 0).all())
+    assert all(bool(g.isfinite().all()) for g in grads)
+    compare(case, backend, tensors, seen, expect(case, tensors, seen))
+
+
+@each_backend
+@each_dtype
+@pytest.mark.parametrize("bad", [float("nan"), INF])
+@pytest.mark.parametrize("kind", ["bool", "-inf", "causal"])
+def test_hidden_nan_does_not_leak(backend: str, dtype: torch.dtype, bad: float, kind: str) -> None:
+    case = Case(1, 2, 2, 80, 100, 32, 32, causal=kind == "causal")
+    q, k, v = make(case, dtype)
+    mask = None
+    if kind == "causal":  # queries below 50 may not see it
+        hidden = torch.arange(100) >= 50
+    else:
+        hidden = torch.rand(100) < 0.2
+        mask = ~hidden if kind == "bool" else torch.zeros(100).masked_fill(hidden, -INF)
+    clean_k, clean_v = k.clone(), v.clone()
+    k[:, :, hidden], v[:, :, hidden] = bad, bad
+    rows = 50 if kind == "causal" else 80
+    upstream = torch.randn(1, 2, 80, 32)
+    upstream[:, :, rows:] = 0
+    run = lambda q, k, v: ops.attention(q, k, v, mask=mask, causal=case.causal)[:, :, :rows]  # noqa: E731
+    with on(backend):
+        out, grads = differentiate(run, [q, k, v])
+        expected, expected_grads = differentiate(run, [q, clean_k, clean_v])
+    torch.testing.assert_close(out[0], expected[0])
+    if kind != "causal":  # there, later queries do see it
+        tolerance = {torch.float32: 1e-5, torch.bfloat16: 0.02, torch.float16: 3e-3}[dtype]
+        for grad, want in zip(grads, expected_grads, strict=True):
+            torch.testing.assert_close(grad, want, atol=tolerance, rtol=tolerance)
+
+
+@each_backend
+def test_visible_nan_does_reach_the_output(backend: str) -> None:
+    q, k, v = make(Case(1, 1, 1, 70, 70, 16, 16))
+    v[0, 0, 40, 3] = float("nan")
+    with on(backend):
+        out = ops.attention(q, k, v, causal=True)
+        assert bool(out[0, 0, 40:, 3].isnan().all()) and bool(out[0, 0, :40].isfinite().all())
+        k[0, 0, 20] = float("nan")
+        assert bool(ops.attention(q, k, v)[0, 0].isnan().all())
+
+
+@each_backend
+@each_dtype
+@pytest.mark.parametrize("shift", [-3e4, -200.0, 3e4])
+def test_far_away_logits(backend: str, dtype: torch.dtype, shift: float) -> None:
+    """lse far below -88 and far above 88; also logits that rise from tile to tile."""
+    case = Case(1, 2, 2, 70, 200, 16, 16)
+    tensors = make(case, dtype)
+    mask = shift + torch.linspace(0, 60, 200).floor()
+    with on(backend):
+        out, grads = differentiate(lambda *x: ops.attention(*x, mask=mask), tensors)
+    wide = [x.double() for x in tensors]
+    oracle, oracle_grads = differentiate(lambda *x: formula(*x, mask.double())[0], wide)
+    tolerance = max(torch.finfo(dtype).eps * 8, torch.finfo(torch.float32).eps * abs(shift))  # logits are float32
+    for a, o in zip([*out, *grads], [*oracle, *oracle_grads], strict=True):
+        assert (a.double() - o).abs().max() <= tolerance * o.abs().max()
+
+
+# --- dropout ----------------------------------------------------------------------------------------------------------
+
+
+def test_dropout_drops_its_share_independently() -> None:
+    for p in (0.1, 0.5, 0.999):
+        keep = kept(torch.tensor([1234567]), p, 2, 3, 100, 200).double()
+        share = keep.mean().item()
+        assert abs(share - (1 - p)) < 5 * math.sqrt(p * (1 - p) / keep.numel())
+        centered = keep - share
+        for dim in range(4):  # neighbours along every dimension are uncorrelated
+            n = keep.shape[dim] - 1
+            pair = (centered.narrow(dim, 0, n) * centered.narrow(dim, 1, n)).mean() / (p * (1 - p))
+            assert abs(pair.item()) < 6 / math.sqrt(keep.numel() / 2)
+    one, other = (kept(torch.tensor([seed]), 0.5, 1, 1, 300, 300) for seed in (7, 8))
+    assert abs((one == other).double().mean().item() - 0.5) < 0.01
+
+
+@each_backend
+@each_dtype
+@pytest.mark.parametrize("p", [0.2, 0.999])
+def test_dropout_matches_the_formula_with_its_mask(backend: str, dtype: torch.dtype, p: float) -> None:
+    """One mask for every backend, in forward and backward."""
+    case = Case(2, 4, 2, 70, 130, 32, 32, True)
+    q, k, v = make(case, dtype)
+    torch.manual_seed(5)
+    seed = torch.randint(2**63 - 1, (1,))
+    keep = kept(seed, p, 2, 4, 70, 130)
+    below = torch.ones(70, 130, dtype=torch.bool).tril()
+
+    def dropped(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        x = (q @ k.repeat_interleave(2, 1).mT / math.sqrt(32)).masked_fill(~below, -INF)
+        return (x.softmax(-1) * keep / (1 - p)).to(v.dtype) @ v.repeat_interleave(2, 1)
+
+    def run(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        torch.manual_seed(5)
+        return ops.attention(q, k, v, causal=True, dropout=p)
+
+    with on(backend):
+        actual, grads = differentiate(run, [q, k, v])
+    oracle, oracle_grads = differentiate(dropped, [x.double() for x in (q, k, v)])
+    plain, plain_grads = differentiate(dropped, [q, k, v])
+    assert_all_accurate(["out"], actual, oracle, plain, FORWARD)
+    assert_all_accurate(GRADS[:3], grads, oracle_grads, plain_grads, BACKWARD)
+
+
+@each_backend
+def test_dropout_follows_the_generator_and_checkpointing(backend: str) -> None:
+    tensors = make(Case(1, 2, 2, 40, 40, 16, 16))
+    run = lambda *x: ops.attention(*x, causal=True, dropout=0.3)  # noqa: E731
+    with on(backend):
+        torch.manual_seed(3)
+        first, second = differentiate(run, tensors), differentiate(run, tensors)
+        assert not torch.equal(first[0][0], second[0][0])
+        torch.manual_seed(3)
+        again = differentiate(run, tensors)
+        torch.manual_seed(3)
+        recomputed = differentiate(lambda *x: checkpoint(run, *x, use_reentrant=False), tensors)
+    for other in (again, recomputed):
+        assert_same_bits([*first[0], *first[1]], [*other[0], *other[1]])
+
+
+# --- repeatability ----------------------------------------------------------------------------------------------------
+
+
+@each_backend
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("case", [Case(2, 6, 6, 200, 200, 32, 32, True), Case(1, 4, 1, 300, 200, 32, 32)], ids=str)
+def test_same_bits_again_and_for_any_thread_count(backend: str, dtype: torch.dtype, case: Case) -> None:
+    tensors, bias = make(case, dtype), torch.randn(case.S, case.T)
+    run = lambda q, k, v, m: ops.attention(q, k, v, mask=m, causal=case.causal, dropout=0.1)  # noqa: E731
+    results = []
+    with on(backend):
+        for threads in (2, 2, 1, 3) if backend != "reference" else (2, 2):
+            torch.set_num_threads(threads)
+            torch.manual_seed(0)
+            out, grads = differentiate(run, [*tensors, bias])
+            results.append([*out, *grads])
+    for other in results[1:]:
+        assert_same_bits(results[0], other)
+
+
+@pytest.mark.parametrize("backend", [b for b in BACKENDS if b != "reference"])
+def test_the_last_batch_alone(backend: str) -> None:
+    """Many small heads, more than 65535 in all: offsets and grid limits."""
+    q, k, v = (torch.randn(8200, 8, 1, 8) for _ in range(3))
+    with on(backend):
+        whole, alone = ops.attention(q, k, v), ops.attention(q[-1:], k[-1:], v[-1:])
+    assert torch.equal(whole[-1:], alone)
+
+
+# --- lse --------------------------------------------------------------------------------------------------------------
+
+
+@each_backend
+def test_gradients_with_one_output_used(backend: str) -> None:
+    tensors = make(Case(1, 2, 1, 40, 50, 16, 16))
+    for used in (0, 1):
+        with on(backend):
+            _, grads = differentiate(lambda *x, u=used: ops.attention(*x, return_lse=True)[u], tensors)
+        oracle = [x.double().requires_grad_() for x in tensors]
+        result = formula(*oracle)[used]
+        generator = torch.Generator().manual_seed(1)
+        upstream = torch.randn(result.shape, generator=generator).to(torch.bfloat16)
+        expected = torch.autograd.grad(result, oracle, upstream.double(), allow_unused=True)
+        for grad, want in zip(grads, expected, strict=True):
+            torch.testing.assert_close(grad.double(), torch.zeros_like(grad).double() if want is None else want,
+                                       rtol=1e-4, atol=1e-5)  # fmt: skip
+
+
+@each_backend
+def test_halves_merge_by_their_lse(backend: str) -> None:
+    q, k, v = make(Case(1, 2, 2, 30, 130, 16, 16))
+    with on(backend):
+        whole = ops.attention(q, k, v)
+        parts = [ops.attention(q, k[:, :, r], v[:, :, r], return_lse=True) for r in (slice(0, 70), slice(70, 130))]
+    weights = torch.stack([lse for _, lse in parts]).softmax(0)
+    torch.testing.assert_close(sum(w.unsqueeze(-1) * o for w, (o, _) in zip(weights, parts, strict=True)), whole)
+
+
+# --- the pattern around the kernel ------------------------------------------------------------------------------------
+
+
+@one_of_each
+def test_torch_compile_fullgraph(backend: str) -> None:
+    torch._dynamo.reset()
+    bias = torch.randn(2, 1, 1)
+
+    def run(q: Tensor, k: Tensor, v: Tensor, m: Tensor) -> tuple[Tensor, Tensor]:
+        out, lse = ops.attention(q.transpose(1, 2), k, v, mask=m, causal="bottom-right", return_lse=True)
+        return out.transpose(1, 2).reshape(q.shape[0], q.shape[1], -1) * 2, lse
+
+    with on(backend):
+        compiled = torch.compile(run, fullgraph=True, backend="aot_eager")
+        for s, t in ((20, 30), (33, 40)):
+            tensors = [torch.randn(2, s, 2, 8), torch.randn(2, 1, t, 8), torch.randn(2, 1, t, 8), bias]
+            expected, actual = differentiate(run, tensors), differentiate(compiled, tensors)
+            assert_same_bits([*actual[0], *actual[1]], [*expected[0], *expected[1]])
+        dropped = torch.compile(lambda *x: ops.attention(*x, dropout=0.5), fullgraph=True, backend="aot_eager")
+        out, grads = differentiate(dropped, make(Case(1, 2, 2, 20, 20, 8, 8)))
+        assert bool(out[0].isfinite().all()) and all(bool(g.isfinite().all()) for g in grads)
+
+
+@one_of_each
+def test_opcheck(backend: str) -> None:
+    name = backend.partition("-")[0]
+    q, k, v = make(Case(2, 4, 2, 10, 12, 8, 6))
+    q = torch.randn(2, 10, 4, 8).transpose(1, 2)
+    mask, seed = torch.randn(4, 1, 12)[None], torch.tensor([3])
+    tests = ("test_schema", "test_autograd_registration", "test_faketensor", "test_aot_dispatch_dynamic")
+    with on(backend):
+        library, options = torch.ops.fastlm, (1, 0.3, 0.1)
+        torch.library.opcheck(library.attention_forward, (q, k, v, mask, seed, *options, name), test_utils=tests)
+        out, lse = library.attention_forward(q, k, v, mask, seed, *options, name)
+        arguments = (torch.randn_like(out), torch.randn_like(lse), q, k, v, mask, seed, out, lse, *options, True, name)
+        torch.library.opcheck(library.attention_backward, arguments, test_utils=tests)
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.4])
+def test_gradcheck(dropout: float) -> None:
+    q, k, v = (x.double().requires_grad_() for x in make(Case(1, 4, 2, 3, 5, 4, 2)))
+    bias = torch.randn(4, 1, 5).double().requires_grad_()
+
+    def run(*x: Tensor) -> tuple[Tensor, Tensor]:
+        torch.manual_seed(1)
+        return ops.attention(*x[:3], mask=x[3], causal="bottom-right", dropout=dropout, return_lse=True)
+
+    assert torch.autograd.gradcheck(run, (q, k, v, bias), fast_mode=True)
+
+
+@each_backend
+def test_double_backward_raises(backend: str) -> None:
+    q, k, v = (x.requires_grad_() for x in make(Case(1, 1, 1, 3, 3, 4, 4)))
+    with on(backend):
+        (dq,) = torch.autograd.grad(ops.attention(q, k, v), q, torch.randn(1, 1, 3, 4), create_graph=True)
+        with pytest.raises(RuntimeError, match="double backward"):
+            (dq.square().sum() + q.sum()).backward()
+
+
+@each_backend
+def test_no_grad_and_frozen_inputs(backend: str) -> None:
+    q, k, v = make(Case(1, 2, 2, 9, 9, 8, 8))
+    with on(backend):
+        with torch.no_grad():
+            quiet = ops.attention(q, k, v)
+        loud = ops.attention(q, k.requires_grad_(), v)
+        assert torch.equal(quiet, loud)
+        loud.sum().backward()
+        loud = ops.attention(q, k, v)
+        loud.sum().backward(retain_graph=True)
+        loud.sum().backward()
+    assert q.grad is None and v.grad is None and k.grad is not None
+
+
+@each_backend
+def test_large_head_dim_goes_to_the_reference(backend: str) -> None:
+    q, k, v = make(Case(1, 1, 1, 4, 4, 257, 8))
+    assert refuses(OP, backend, q, head_dim=257) == backend.startswith("cpu")
+    with on(backend):
+        if backend.startswith("cpu"):
+            with pytest.raises(fastlm.UnsupportedError, match="head_dim is 257, above the limit 256"):
+                ops.attention(q, k, v)
+        else:
+            torch.testing.assert_close(ops.attention(q, k, v), formula(q, k, v)[0])
+
+
+def arguments(**changes: Any) -> dict[str, Any]:
+    given = {"q": torch.ones(2, 4, 3, 8), "k": torch.ones(2, 2, 5, 8), "v": torch.ones(2, 2, 5, 6)}
+    return given | changes
+
+
+@pytest.mark.parametrize(
+    ("changes", "error", "match"),
+    [
+        ({"q": torch.ones(4, 3, 8)}, ValueError, "q must be"),
+        ({"q": [1.0]}, TypeError, "q must be a Tensor"),
+        ({"k": torch.ones(2, 2, 5, 7)}, ValueError, "k must be"),
+        ({"k": torch.ones(1, 2, 5, 8)}, ValueError, "k must be"),
+        ({"v": torch.ones(2, 2, 4, 6)}, ValueError, "v must be"),
+        ({"k": torch.ones(2, 3, 5, 8), "v": torch.ones(2, 3, 5, 6)}, ValueError, "heads of q"),
+        ({"q": torch.ones(2, 4, 3, 0), "k": torch.ones(2, 2, 5, 0)}, ValueError, "q must have a head dim"),
+        ({"v": torch.ones(2, 2, 5, 6).bfloat16()}, ValueError, "v must have the dtype of q"),
+        ({"v": torch.ones(2, 2, 5, 6, device="meta")}, ValueError, "v must be on the device of q"),
+        ({"k": torch.ones(2, 2, 5, 8).long()}, TypeError, "k must be floating point"),
+        ({"mask": torch.ones(3, 5).long()}, TypeError, "mask must be bool"),
+        ({"mask": "causal"}, TypeError, "mask must be a Tensor"),
+        ({"mask": torch.ones(3, 4)}, ValueError, "mask must be broadcastable"),
+        ({"mask": torch.ones(1, 2, 4, 3, 5)}, ValueError, "mask must be broadcastable"),
+        ({"mask": torch.ones(3, 5, device="meta")}, ValueError, "mask must be on the device of q"),
+        ({"dropout": 1.0}, ValueError, "dropout must be in"),
+        ({"dropout": -0.1}, ValueError, "dropout must be in"),
+        ({"causal": "upper-left"}, ValueError, "causal must be"),
+        ({"causal": 2}, ValueError, "causal must be"),
+        ({"backend": "gpu"}, ValueError, "backend must be one of"),
+    ],
+)
+def test_bad_arguments(changes: dict[str, Any], error: type[Exception], match: str) -> None:
+    with pytest.raises(error, match=match):
+        ops.attention(**arguments(**changes))
