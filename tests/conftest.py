@@ -37,7 +37,7 @@ def canaries(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     guards: list[tuple[np.ndarray, np.ndarray]] = []
 
     def allocate(shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
-        payload = torch.empty(shape, dtype=dtype)  # poisoned
+        payload = torch.empty(shape, dtype=dtype, device="cpu")  # poisoned
         memory = np.full(payload.nbytes + 2 * CANARY, 42, dtype=np.uint8)
         if payload.nbytes == 0 or len(guards) >= 10_000:
             return payload

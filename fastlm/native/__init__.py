@@ -14,8 +14,6 @@ from typing import Any
 
 import torch
 
-_allocate = torch.empty  # replaced by the tests
-
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 ACTIVATIONS = {"silu": 0, "gelu": 1, "gelu_tanh": 2}
 
@@ -100,6 +98,47 @@ def float32(tensor: torch.Tensor | None) -> torch.Tensor | None:
     return None if tensor is None else tensor.to(torch.float32).contiguous()
 
 
+def matrix(name: str, tensor: torch.Tensor | None, dtype: torch.dtype) -> tuple[torch.Tensor | None, int, int]:
+    """(..., N) as rows of N: the tensor to keep while its memory is read, its address, the distance between rows.
+
+    A copy only where the last dimension is not contiguous or the rows are not equally far apart. Raises as address().
+    """
+    if tensor is None:
+        return None, 0, 0
+    if tensor.is_contiguous():  # no view is made of the usual case: it would cost more than the checks
+        return tensor, address(name, tensor, dtype), tensor.shape[-1]
+    flat = rows(tensor)
+    return flat, address(name, flat, dtype, contiguous=False), flat.stride(0)
+
+
+def vector(name: str, tensor: torch.Tensor | None) -> tuple[torch.Tensor | None, int]:
+    """A parameter or a table as float32, contiguous: the tensor to keep while its memory is read, and its address."""
+    if tensor is None:
+        return None, 0
+    if tensor.dtype is not torch.float32 or not tensor.is_contiguous():
+        tensor = float32(tensor)
+    return tensor, address(name, tensor, torch.float32)
+
+
+def _allocate(shape: Sequence[int], dtype: torch.dtype) -> torch.Tensor:  # replaced by the tests
+    return torch.empty(shape, dtype=dtype, device="cpu")  # whatever the default device is
+
+
 def empty(shape: Sequence[int], dtype: torch.dtype) -> torch.Tensor:
     """Every output and scratch of a kernel comes from here, so that the tests can put canaries around it."""
-    return _allocate(tuple(shape), dtype=dtype)
+    return _allocate(shape if isinstance(shape, tuple) else tuple(shape), dtype)
+
+
+def output(tensor: torch.Tensor) -> int:
+    """Address of what empty() returned: dtype and strides are known, a tensor mode may still have faked it."""
+    if type(tensor) is not torch.Tensor:
+        raise TypeError(f"a kernel needs real memory to write to, a tensor mode gave {type(tensor).__name__}")
+    return tensor.data_ptr()
+
+
+_NOTHING = {dtype: torch.empty(0, dtype=dtype, device="cpu") for dtype in DTYPES}
+
+
+def nothing(dtype: torch.dtype) -> torch.Tensor:
+    """Stands for an output that was not asked for; always the same tensor, because making one costs a microsecond."""
+    return _NOTHING[dtype]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from fastlm.native import ACTIVATIONS, DTYPES, address, empty, extension, threads
+from fastlm.native import ACTIVATIONS, DTYPES, address, empty, extension, output, threads
 
 
 def forward(x: Tensor, tanh: bool) -> Tensor:
@@ -12,7 +12,7 @@ def forward(x: Tensor, tanh: bool) -> Tensor:
     y = empty(x.shape, dtype)
     extension().gelu_forward(
         DTYPES[dtype], ACTIVATIONS["gelu_tanh" if tanh else "gelu"],
-        address("x", x, dtype), address("y", y, dtype), x.numel(), threads(),
+        address("x", x, dtype), output(y), x.numel(), threads(),
     )  # fmt: skip
     return y
 
@@ -22,6 +22,6 @@ def backward(dy: Tensor, x: Tensor, tanh: bool) -> Tensor:
     dx = empty(x.shape, dtype)
     extension().gelu_backward(
         DTYPES[dtype], ACTIVATIONS["gelu_tanh" if tanh else "gelu"],
-        address("dy", dy, dtype), address("x", x, dtype), address("dx", dx, dtype), x.numel(), threads(),
+        address("dy", dy, dtype), address("x", x, dtype), output(dx), x.numel(), threads(),
     )  # fmt: skip
     return dx

@@ -4,37 +4,33 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from fastlm.native import ACTIVATIONS, DTYPES, address, empty, extension, rows, threads
+from fastlm.native import ACTIVATIONS, DTYPES, empty, extension, matrix, nothing, output, threads
 
 
 def forward(gate: Tensor, up: Tensor | None, activation: str) -> Tensor:
-    dtype = gate.dtype
-    n = gate.shape[-1] // 2 if up is None else gate.shape[-1]
-    y = empty((*gate.shape[:-1], n), dtype)
-    a = rows(gate)
-    b = a[:, n:] if up is None else rows(up)
+    dtype, shape = gate.dtype, gate.shape
+    n = shape[-1] // 2 if up is None else shape[-1]
+    m = gate.numel() // shape[-1] if n else 0
+    a, a_address, a_stride = matrix("gate", gate, dtype)
+    _b, b_address, b_stride = (a, a_address + n * dtype.itemsize, a_stride) if up is None else matrix("up", up, dtype)
+    y = empty((*shape[:-1], n) if up is None else shape, dtype)
     extension().glu_forward(
-        DTYPES[dtype], ACTIVATIONS[activation],
-        address("gate", a, dtype, contiguous=False), a.stride(0),
-        address("up", b, dtype, contiguous=False), b.stride(0),
-        address("y", y, dtype), a.shape[0], n, threads(),
-    )  # fmt: skip
+        DTYPES[dtype], ACTIVATIONS[activation], a_address, a_stride, b_address, b_stride, output(y), m, n, threads()
+    )
     return y
 
 
 def backward(dy: Tensor, gate: Tensor, up: Tensor | None, activation: str) -> tuple[Tensor, Tensor]:
-    dtype = gate.dtype
-    a, g, n = rows(gate), rows(dy), dy.shape[-1]
-    b = a[:, n:] if up is None else rows(up)
-    dgate = empty(gate.shape, dtype)
-    dup = empty((0,) if up is None else up.shape, dtype)
-    start = address("dgate", dgate, dtype)
+    dtype, shape, n = gate.dtype, gate.shape, dy.shape[-1]
+    m = dy.numel() // n if n else 0
+    _g, g_address, g_stride = matrix("dy", dy, dtype)
+    a, a_address, a_stride = matrix("gate", gate, dtype)
+    _b, b_address, b_stride = (a, a_address + n * dtype.itemsize, a_stride) if up is None else matrix("up", up, dtype)
+    dgate = empty(shape, dtype)
+    dup = nothing(dtype) if up is None else empty(shape, dtype)
+    start = output(dgate)
     extension().glu_backward(
-        DTYPES[dtype], ACTIVATIONS[activation],
-        address("dy", g, dtype, contiguous=False), g.stride(0),
-        address("gate", a, dtype, contiguous=False), a.stride(0),
-        address("up", b, dtype, contiguous=False), b.stride(0),
-        start, start + n * dtype.itemsize if up is None else address("dup", dup, dtype), gate.shape[-1],
-        a.shape[0], n, threads(),
+        DTYPES[dtype], ACTIVATIONS[activation], g_address, g_stride, a_address, a_stride, b_address, b_stride,
+        start, start + n * dtype.itemsize if up is None else output(dup), shape[-1], m, n, threads(),
     )  # fmt: skip
     return dgate, dup

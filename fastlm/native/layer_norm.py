@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from fastlm.native import DTYPES, address, empty, extension, float32, rows, threads
+from fastlm.native import DTYPES, address, empty, extension, matrix, nothing, output, threads, vector
 
 F32 = torch.float32
 
@@ -13,19 +13,18 @@ F32 = torch.float32
 def forward(
     x: Tensor, residual: Tensor | None, weight: Tensor | None, bias: Tensor | None, eps: float
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    dtype, (m, n) = x.dtype, (x.numel() // max(x.shape[-1], 1), x.shape[-1])
-    xr, rr = rows(x), None if residual is None else rows(residual)
-    w, b = float32(weight), float32(bias)
-    y = empty(x.shape, dtype)
-    h = empty(x.shape if rr is not None else (0,), dtype)
-    mean, rstd = empty((m,), F32), empty((m,), F32)
+    dtype, shape = x.dtype, x.shape
+    n = shape[-1]
+    m = x.numel() // n if n else 0
+    _x, x_address, x_stride = matrix("x", x, dtype)
+    _r, r_address, r_stride = matrix("residual", residual, dtype)
+    _w, w_address = vector("weight", weight)
+    _b, b_address = vector("bias", bias)
+    y, mean, rstd = empty(shape, dtype), empty((m,), F32), empty((m,), F32)
+    h = nothing(dtype) if residual is None else empty(shape, dtype)
     extension().layer_norm_forward(
-        DTYPES[dtype],
-        address("x", xr, dtype, contiguous=False), xr.stride(0),
-        address("residual", rr, dtype, contiguous=False), 0 if rr is None else rr.stride(0),
-        address("weight", w, F32), address("bias", b, F32),
-        address("h", h, dtype), address("y", y, dtype), address("mean", mean, F32), address("rstd", rstd, F32),
-        m, n, eps, threads(),
+        DTYPES[dtype], x_address, x_stride, r_address, r_stride, w_address, b_address,
+        output(h), output(y), output(mean), output(rstd), m, n, eps, threads(),
     )  # fmt: skip
     return y, h, mean, rstd
 
@@ -33,20 +32,19 @@ def forward(
 def backward(
     dy: Tensor, x: Tensor, weight: Tensor | None, mean: Tensor, rstd: Tensor, dh: Tensor | None, needs_bias: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
-    dtype, (m, n) = x.dtype, (mean.numel(), x.shape[-1])
-    xr, gr, w = rows(x), rows(dy), float32(weight)
+    dtype, shape = x.dtype, x.shape
+    m, n = mean.numel(), shape[-1]
+    _x, x_address, x_stride = matrix("x", x, dtype)
+    _g, g_address, g_stride = matrix("dy", dy, dtype)
+    _w, w_address = vector("weight", weight)
     dh = None if dh is None else dh.contiguous()
-    dx = empty(x.shape, dtype)
-    dw = empty((n if weight is not None else 0,), F32)
-    db = empty((n if needs_bias else 0,), F32)
+    dx = empty(shape, dtype)
+    dw = nothing(F32) if weight is None else empty((n,), F32)
+    db = empty((n,), F32) if needs_bias else nothing(F32)
     scratch = empty((extension().norm_scratch(m, n),), F32)
     extension().layer_norm_backward(
-        DTYPES[dtype],
-        address("dy", gr, dtype, contiguous=False), gr.stride(0),
-        address("x", xr, dtype, contiguous=False), xr.stride(0),
-        address("weight", w, F32), address("mean", mean, F32), address("rstd", rstd, F32),
-        address("dh", dh, dtype), address("dx", dx, dtype),
-        address("dweight", dw if weight is not None else None, F32), address("dbias", db if needs_bias else None, F32),
-        address("scratch", scratch, F32), m, n, threads(),
+        DTYPES[dtype], g_address, g_stride, x_address, x_stride, w_address,
+        address("mean", mean, F32), address("rstd", rstd, F32), address("dh", dh, dtype), output(dx),
+        0 if weight is None else output(dw), output(db) if needs_bias else 0, output(scratch), m, n, threads(),
     )  # fmt: skip
     return dx, dw, db

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from fastlm.native import DTYPES, address, empty, extension, float32, rows, threads
+from fastlm.native import DTYPES, address, empty, extension, matrix, nothing, output, threads, vector
 
 F32 = torch.float32
 
@@ -13,18 +13,17 @@ F32 = torch.float32
 def forward(
     x: Tensor, residual: Tensor | None, weight: Tensor | None, eps: float, offset: float
 ) -> tuple[Tensor, Tensor, Tensor]:
-    dtype, (m, n) = x.dtype, (x.numel() // max(x.shape[-1], 1), x.shape[-1])
-    xr, rr, w = rows(x), None if residual is None else rows(residual), float32(weight)
-    y = empty(x.shape, dtype)
-    h = empty(x.shape if rr is not None else (0,), dtype)
-    rstd = empty((m,), F32)
+    dtype, shape = x.dtype, x.shape
+    n = shape[-1]
+    m = x.numel() // n if n else 0
+    _x, x_address, x_stride = matrix("x", x, dtype)
+    _r, r_address, r_stride = matrix("residual", residual, dtype)
+    _w, w_address = vector("weight", weight)
+    y, rstd = empty(shape, dtype), empty((m,), F32)
+    h = nothing(dtype) if residual is None else empty(shape, dtype)
     extension().rms_norm_forward(
-        DTYPES[dtype],
-        address("x", xr, dtype, contiguous=False), xr.stride(0),
-        address("residual", rr, dtype, contiguous=False), 0 if rr is None else rr.stride(0),
-        address("weight", w, F32), offset,
-        address("h", h, dtype), address("y", y, dtype), address("rstd", rstd, F32),
-        m, n, eps, threads(),
+        DTYPES[dtype], x_address, x_stride, r_address, r_stride, w_address, offset,
+        output(h), output(y), output(rstd), m, n, eps, threads(),
     )  # fmt: skip
     return y, h, rstd
 
@@ -32,19 +31,18 @@ def forward(
 def backward(
     dy: Tensor, x: Tensor, weight: Tensor | None, rstd: Tensor, dh: Tensor | None, offset: float
 ) -> tuple[Tensor, Tensor]:
-    dtype, (m, n) = x.dtype, (rstd.numel(), x.shape[-1])
-    xr, gr, w = rows(x), rows(dy), float32(weight)
+    dtype, shape = x.dtype, x.shape
+    m, n = rstd.numel(), shape[-1]
+    _x, x_address, x_stride = matrix("x", x, dtype)
+    _g, g_address, g_stride = matrix("dy", dy, dtype)
+    _w, w_address = vector("weight", weight)
     dh = None if dh is None else dh.contiguous()
-    dx = empty(x.shape, dtype)
-    dw = empty((n if weight is not None else 0,), F32)
+    dx = empty(shape, dtype)
+    dw = nothing(F32) if weight is None else empty((n,), F32)
     scratch = empty((extension().norm_scratch(m, n),), F32)
     extension().rms_norm_backward(
-        DTYPES[dtype],
-        address("dy", gr, dtype, contiguous=False), gr.stride(0),
-        address("x", xr, dtype, contiguous=False), xr.stride(0),
-        address("weight", w, F32), offset, address("rstd", rstd, F32),
-        address("dh", dh, dtype), address("dx", dx, dtype),
-        address("dweight", dw if weight is not None else None, F32),
-        address("scratch", scratch, F32), m, n, threads(),
+        DTYPES[dtype], g_address, g_stride, x_address, x_stride, w_address, offset,
+        address("rstd", rstd, F32), address("dh", dh, dtype), output(dx),
+        0 if weight is None else output(dw), output(scratch), m, n, threads(),
     )  # fmt: skip
     return dx, dw

@@ -2,19 +2,17 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
-from fastlm.native import DTYPES, address, empty, extension, threads
-
-F32 = torch.float32
+from fastlm.native import DTYPES, address, empty, extension, nothing, output, threads, vector
 
 
 def rotate(
     q: Tensor, k: Tensor | None, cos: Tensor, sin: Tensor, interleaved: bool, inverse: bool
 ) -> tuple[Tensor, Tensor]:
     b, _, s, d = q.shape
-    c, si = cos.to(F32).contiguous(), sin.to(F32).contiguous()
+    (c, cos_address), (_s, sin_address) = vector("cos", cos), vector("sin", sin)
+    assert c is not None
     table_stride = c.stride(0) if c.dim() == 3 and c.shape[0] > 1 else 0
     args: list[int] = []
     outs = []
@@ -22,16 +20,16 @@ def rotate(
     for name, x in (("q", q), ("k", k)):
         if x is None:
             args += [0] * 9
-            outs.append(empty((0,), q.dtype))
+            outs.append(nothing(q.dtype))
             continue
         x = x if x.stride(3) == 1 else x.contiguous()
         inputs.append(x)
         out = like(x)
         args += [address(name, x, q.dtype, contiguous=False), *x.stride()[:3]]
-        args += [address(f"{name}'", out, q.dtype, contiguous=False), *out.stride()[:3], x.shape[1]]
+        args += [output(out), *out.stride()[:3], x.shape[1]]
         outs.append(out)
     extension().rope(
-        DTYPES[q.dtype], *args, address("cos", c, F32), address("sin", si, F32), table_stride,
+        DTYPES[q.dtype], *args, cos_address, sin_address, table_stride,
         b, s, d, 2 * c.shape[-1], interleaved, inverse, threads(),
     )  # fmt: skip
     return outs[0], outs[1]

@@ -37,7 +37,7 @@ def check_norm(x: Tensor, residual: Tensor | None, weight: Tensor | None, bias: 
         if parameter is not None:
             check_floating(name, parameter)
             check_device(name, parameter, x, "x")
-            if parameter.shape != x.shape[-1:]:
+            if parameter.dim() != 1 or parameter.shape[0] != x.shape[-1]:
                 raise ValueError(
                     f"{name} must be ({x.shape[-1]},) like the last dimension of x, got {tuple(parameter.shape)}"
                 )

@@ -28,14 +28,49 @@ def define(op: Op, function: str, schema: str, fake: Callable[..., Any]) -> Call
         fake: the same function on fake tensors: shapes, dtypes and strides of the results only. Takes no backend.
     """
     name = f"{op.name}_{function}"
+    implementations: dict[str, Callable[..., Any]] = {}
 
     def run(*args: Any) -> Any:
-        return getattr(op.module(args[-1]), function)(*args[:-1])
+        found = implementations.get(args[-1])
+        if found is None:
+            found = implementations[args[-1]] = getattr(op.module(args[-1]), function)
+        return found(*args[:-1])
 
     _LIBRARY.define(f"{name}{schema}", tags=(torch.Tag.needs_fixed_stride_order,))
     _LIBRARY.impl(name, run, "CompositeExplicitAutograd")
     torch.library.register_fake(f"fastlm::{name}", lambda *args: fake(*args[:-1]), lib=_LIBRARY)
-    return getattr(torch.ops.fastlm, name).default
+    library_op = getattr(torch.ops.fastlm, name).default
+    if library_op._schema.is_mutable:  # the dispatcher counts the versions of what it writes to
+        return library_op
+
+    def call(*args: Any) -> Any:
+        if torch.compiler.is_compiling() or not nothing_listens() or not _PLAIN.issuperset(map(type, args)):
+            return library_op(*args)
+        return run(*args)
+
+    return call
+
+
+_PLAIN = frozenset({torch.Tensor, torch.nn.Parameter, type(None), bool, int, float, str})
+
+
+def nothing_listens() -> bool:
+    """Whether a call may go straight to the backend, past torch's dispatcher, which takes as long as a small kernel.
+
+    It may not while someone traces, transforms or records calls (fake tensors, functorch, jit.trace, the profiler), nor
+    on a tensor subclass. Function modes do not matter: they see fastlm.ops' own calls to torch in either case.
+    """
+    return not (
+        torch._C._len_torch_dispatch_stack()
+        or torch._C._are_functorch_transforms_active()
+        or torch._C._get_tracing_state() is not None
+        or torch.autograd._profiler_enabled()
+    )
+
+
+def cast(tensor: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """tensor.to(dtype), which costs a microsecond even where there is nothing to do."""
+    return tensor if tensor.dtype is dtype else tensor.to(dtype)
 
 
 def no_double_backward(backward: Callable[..., Any]) -> Callable[..., Any]:

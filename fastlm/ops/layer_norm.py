@@ -10,7 +10,7 @@ from torch import Tensor
 from fastlm import native
 from fastlm._dispatch import LOW_PRECISION, Backend, Op
 from fastlm.ops._check import check_norm
-from fastlm.ops._library import define, no_double_backward
+from fastlm.ops._library import cast, define, no_double_backward
 
 OP = Op(
     "layer_norm",
@@ -81,8 +81,8 @@ class _LayerNorm(torch.autograd.Function):
         if dy is None:  # only the residual stream was used
             return dh, dh, None, None, None, None
         dx, dw, db = _backward(dy, h, weight, mean, rstd, dh, ctx.bias_dtype is not None, ctx.backend)
-        dweight = None if weight is None else dw.to(weight.dtype)
-        dbias = None if ctx.bias_dtype is None else db.to(ctx.bias_dtype)
+        dweight = None if weight is None else cast(dw, weight.dtype)
+        dbias = None if ctx.bias_dtype is None else cast(db, ctx.bias_dtype)
         return dx, dx if ctx.needs_input_grad[1] else None, dweight, dbias, None, None
 
 

@@ -10,7 +10,7 @@ from torch import Tensor
 from fastlm import native
 from fastlm._dispatch import LOW_PRECISION, Backend, Op
 from fastlm.ops._check import check_norm
-from fastlm.ops._library import define, no_double_backward
+from fastlm.ops._library import cast, define, no_double_backward
 
 OP = Op(
     "rms_norm",
@@ -71,7 +71,7 @@ class _RmsNorm(torch.autograd.Function):
         if dy is None:  # only the residual stream was used
             return dh, dh, None, None, None, None
         dx, dw = _backward(dy, h, weight, rstd, dh, ctx.offset, ctx.backend)
-        dweight = None if weight is None else dw.to(weight.dtype)
+        dweight = None if weight is None else cast(dw, weight.dtype)
         return dx, dx if ctx.needs_input_grad[1] else None, dweight, None, None, None
 
 

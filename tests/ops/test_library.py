@@ -1,0 +1,89 @@
+"""The pattern around every op. When nothing listens, a call goes past the dispatcher; else through it."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.fx.experimental.proxy_tensor import make_fx
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_map
+
+from fastlm import ops
+from fastlm.ops._library import nothing_listens
+
+
+class Recorder(TorchDispatchMode):
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: list[str] = []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        self.names.append(str(function))
+        return function(*args, **(kwargs or {}))
+
+
+class Wrapper(torch.Tensor):
+    """A subclass without memory of its own, as distributed and quantised tensors are."""
+
+    @staticmethod
+    def __new__(cls, inner: torch.Tensor) -> Wrapper:
+        return torch.Tensor._make_wrapper_subclass(cls, inner.shape, dtype=inner.dtype, device=inner.device)
+
+    def __init__(self, inner: torch.Tensor) -> None:
+        self.inner = inner
+
+    @classmethod
+    def __torch_dispatch__(cls, function, types, args=(), kwargs=None):
+        args, kwargs = tree_map(lambda a: a.inner if isinstance(a, cls) else a, (args, kwargs or {}))
+        return function(*args, **kwargs)
+
+
+def test_a_plain_call_goes_straight() -> None:
+    assert nothing_listens()
+    x = torch.randn(3, 8)
+    direct = torch.ops.fastlm.gelu_forward(x, False, "reference")
+    assert torch.equal(ops.gelu(x, backend="reference"), direct)
+
+
+def test_a_dispatch_mode_sees_forward_and_backward() -> None:
+    x = torch.randn(3, 8, requires_grad=True)
+    with Recorder() as recorder:
+        assert not nothing_listens()
+        ops.gelu(x).sum().backward()
+    assert "fastlm.gelu_forward.default" in recorder.names and "fastlm.gelu_backward.default" in recorder.names
+
+
+def test_the_profiler_names_the_op() -> None:
+    with torch.autograd.profiler.profile() as profile:
+        ops.gelu(torch.randn(3, 8))
+    assert "fastlm::gelu_forward" in {event.name for event in profile.function_events}
+
+
+@pytest.mark.filterwarnings("default")
+def test_vmap_runs_once_per_sample() -> None:
+    x = torch.randn(4, 3, 8)
+    with torch.no_grad():
+        assert torch.equal(torch.func.vmap(ops.gelu)(x), ops.gelu(x))
+
+
+def test_tracing_records_the_op() -> None:
+    graph = make_fx(lambda x: ops.gelu(x))(torch.randn(3, 8))
+    assert "fastlm.gelu_forward" in graph.code
+
+
+def test_fake_and_wrapped_tensors_never_reach_a_pointer() -> None:
+    with FakeTensorMode() as mode:
+        fake = mode.from_tensor(torch.randn(3, 8))
+    assert ops.gelu(fake).shape == (3, 8)  # outside the mode too
+    x = torch.randn(3, 8)
+    with torch.no_grad():
+        assert torch.equal(ops.gelu(Wrapper(x)), ops.gelu(x))
+
+
+def test_default_device_does_not_move_outputs() -> None:
+    x, weight = torch.randn(3, 8, requires_grad=True), torch.ones(8)
+    with torch.device("meta"):
+        y = ops.rms_norm(x, weight)
+        y.backward(y.detach())
+    assert y.device.type == "cpu" and x.grad is not None and x.grad.device.type == "cpu"
