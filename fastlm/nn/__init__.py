@@ -1,1 +1,20 @@
-"""Layers built from fastlm's ops."""
+"""Layers over fastlm.ops. Where torch.nn has the layer, ours subclasses it and changes its forward alone."""
+
+from fastlm.nn import functional
+from fastlm.nn.attention import KVCache, MultiheadAttention, SelfAttention
+from fastlm.nn.mlp import MLP
+from fastlm.nn.norm import LayerNorm, RMSNorm
+from fastlm.nn.rotary import RotaryEmbedding
+from fastlm.nn.transformer import TransformerBlock
+
+__all__ = [
+    "MLP",
+    "KVCache",
+    "LayerNorm",
+    "MultiheadAttention",
+    "RMSNorm",
+    "RotaryEmbedding",
+    "SelfAttention",
+    "TransformerBlock",
+    "functional",
+]

@@ -1,5 +1,204 @@
-"""torch.nn.functional's own signatures on fastlm's ops: changing the import is the whole migration."""
+"""torch.nn.functional's own signatures and semantics over fastlm.ops: changing the import is the whole migration.
 
+What torch refuses is refused with the same type of exception; torch.autocast acts on these as on torch's.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from fastlm import ops
+from fastlm.nn._autocast import autocast_dtype, lower
 from fastlm.nn._losses import cross_entropy, linear_cross_entropy
 
-__all__ = ["cross_entropy", "linear_cross_entropy"]
+__all__ = ["cross_entropy", "layer_norm", "linear_cross_entropy", "rms_norm", "scaled_dot_product_attention"]
+
+
+def layer_norm(
+    input: Tensor,
+    normalized_shape: list[int],
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    eps: float = 1e-5,
+) -> Tensor:
+    """torch.nn.functional.layer_norm over ops.layer_norm: normalises the last len(normalized_shape) dimensions.
+
+    Args:
+        input: (..., *normalized_shape).
+        weight, bias: normalized_shape, in the dtype of input; both may be float32 where input is bfloat16 or float16.
+
+    Returns:
+        Shape and dtype of input.
+
+    Raises:
+        What torch.nn.functional.layer_norm raises: it is called where the arguments do not agree.
+    """
+    if not _norm_agrees(input, normalized_shape, weight, bias):
+        return torch.nn.functional.layer_norm(input, normalized_shape, weight, bias, eps)
+    if len(normalized_shape) == 1:
+        return ops.layer_norm(input, weight, bias, eps)
+    rows = _rows(input, normalized_shape)
+    return ops.layer_norm(rows, _flat(weight), _flat(bias), eps).view(input.shape)
+
+
+def rms_norm(
+    input: Tensor, normalized_shape: list[int], weight: Tensor | None = None, eps: float | None = None
+) -> Tensor:
+    """torch.nn.functional.rms_norm over ops.rms_norm: as layer_norm, without mean and bias.
+
+    Args:
+        input: (..., *normalized_shape).
+        weight: normalized_shape, any floating dtype.
+        eps: None stands for the machine epsilon of the dtype it accumulates in, float32 (float64 for float64).
+
+    Returns:
+        Shape and dtype of input.
+
+    Raises:
+        What torch.nn.functional.rms_norm raises: it is called where the arguments do not agree.
+    """
+    if not _norm_agrees(input, normalized_shape, weight, None, any_dtype=True):
+        return torch.nn.functional.rms_norm(input, normalized_shape, weight, eps)
+    if len(normalized_shape) == 1:
+        return ops.rms_norm(input, weight, eps)
+    return ops.rms_norm(_rows(input, normalized_shape), _flat(weight), eps).view(input.shape)
+
+
+def scaled_dot_product_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attn_mask: Tensor | None = None,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    scale: float | None = None,
+    enable_gqa: bool = False,
+) -> Tensor:
+    """torch.nn.functional.scaled_dot_product_attention over ops.attention: softmax(q k^T * scale + mask) v.
+
+    Args:
+        query: (..., H, S, D); key: (..., H, T, D); value: (..., H, T, Dv). At least (S, D); leading dimensions
+            broadcast. With enable_gqa the heads of key and value divide those of query.
+        attn_mask: broadcastable to (..., H, S, T); bool (True takes part) or added to the scores, in the dtype of
+            query or float32.
+        dropout_p: probability of dropping an attention weight, whatever the training mode, as in torch.
+        is_causal: query s sees keys 0 to s (top-left). Not together with attn_mask.
+        scale: None stands for 1 / sqrt(D).
+
+    Returns:
+        (..., H, S, Dv), dtype of query; under autocast its dtype.
+
+    Raises:
+        RuntimeError: shapes, dtypes or devices do not agree; attn_mask and is_causal both given; dropout_p not in
+            [0, 1]. IndexError: enable_gqa without a head dimension, a mask of one dimension.
+    """
+    dtype = autocast_dtype(query.device) if isinstance(query, Tensor) else None
+    query, key, value, attn_mask = (lower(t, dtype) for t in (query, key, value, attn_mask))  # type: ignore[assignment]
+    _check_attention(query, key, value, attn_mask, dropout_p, is_causal)
+    if enable_gqa:
+        key, value = _group(query, key, value)
+    plain = query.dim() == key.dim() == value.dim() == 4 and query.shape[0] == key.shape[0] == value.shape[0]
+    if plain and key.shape[1] == value.shape[1] and (enable_gqa or query.shape[1] == key.shape[1]):
+        return ops.attention(query, key, value, mask=attn_mask, causal=is_causal, scale=scale, dropout=dropout_p)
+
+    # Any other number of leading dimensions becomes (B, H): expanded views, copied only where no view exists.
+    heads = key.shape[-3] if enable_gqa else None
+    lead = torch.broadcast_shapes(
+        query.shape[:-2], *((*t.shape[:-3], query.shape[-3]) if enable_gqa else t.shape[:-2] for t in (key, value))
+    )
+    if attn_mask is not None and len(lead) > 2 and attn_mask.dim() > 3:
+        last = attn_mask.shape[-2:]
+        attn_mask = attn_mask.expand(*lead, *last).reshape(-1, lead[-1], *last)
+    q, k, v = _four(query, lead), _four(key, lead, heads), _four(value, lead, heads)
+    out = ops.attention(q, k, v, mask=attn_mask, causal=is_causal, scale=scale, dropout=dropout_p)
+    return out.reshape(*lead, *out.shape[-2:])
+
+
+def _norm_agrees(
+    input: Tensor, shape: list[int], weight: Tensor | None, bias: Tensor | None, any_dtype: bool = False
+) -> bool:
+    """Whether torch would take these; where not, torch's own function says why."""
+    if not (isinstance(input, Tensor) and isinstance(shape, (list, tuple)) and input.is_floating_point()):
+        return False
+    size = tuple(shape)
+    if not size or input.shape[-len(size) :] != size:
+        return False
+    parameters = [p for p in (weight, bias) if p is not None]
+    if not all(isinstance(p, Tensor) and p.shape == size and p.device == input.device for p in parameters):
+        return False
+    if any_dtype:
+        return all(p.is_floating_point() for p in parameters)
+    if all(p.dtype is input.dtype for p in parameters):
+        return True
+    low = input.dtype in (torch.bfloat16, torch.float16)
+    return low and all(p.dtype is torch.float32 for p in parameters)
+
+
+def _rows(input: Tensor, shape: list[int]) -> Tensor:
+    return input.reshape(*input.shape[: -len(shape)], math.prod(shape))
+
+
+def _flat(parameter: Tensor | None) -> Tensor | None:
+    return None if parameter is None else parameter.reshape(-1)
+
+
+def _check_attention(
+    query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, dropout_p: float, is_causal: bool
+) -> None:
+    named = (("query", query), ("key", key), ("value", value))
+    for name, tensor in named:
+        if not isinstance(tensor, Tensor):
+            raise TypeError(f"{name} must be a Tensor, got {type(tensor).__name__}")
+    for name, tensor in named:
+        if tensor.dim() < 2:
+            raise RuntimeError(f"{name} must have at least 2 dimensions (length, width), got {tuple(tensor.shape)}")
+        if tensor.dtype is not query.dtype or not tensor.is_floating_point():
+            raise RuntimeError(f"query, key and value must have one floating dtype, got {name} of {tensor.dtype}")
+        if tensor.device != query.device:
+            raise RuntimeError(f"query, key and value must be on one device, got {name} on {tensor.device}")
+    if query.shape[-1] != key.shape[-1]:
+        raise RuntimeError(f"query and key must have one width, got {query.shape[-1]} and {key.shape[-1]}")
+    if key.shape[-2] != value.shape[-2]:
+        raise RuntimeError(f"key and value must have one length, got {key.shape[-2]} and {value.shape[-2]}")
+    if not 0.0 <= dropout_p <= 1.0:
+        raise RuntimeError(f"dropout_p must lie in [0, 1], got {dropout_p}")
+    if mask is None:
+        return
+    if is_causal:
+        raise RuntimeError("attn_mask must be None when is_causal is True, got both")
+    if mask.dtype not in (torch.bool, torch.float32, query.dtype):
+        raise RuntimeError(f"attn_mask must be bool, float32 or {query.dtype} like query, got {mask.dtype}")
+    if mask.device != query.device:
+        raise RuntimeError(f"attn_mask must be on the device of query, {query.device}, got {mask.device}")
+    if mask.dim() < 2:
+        raise IndexError(f"attn_mask must have at least 2 dimensions, got {tuple(mask.shape)}")
+    if mask.dim() > max(query.dim(), key.dim(), value.dim()):
+        raise RuntimeError(f"attn_mask must not have more dimensions than query, got {tuple(mask.shape)}")
+    goal = (*query.shape[:-1], key.shape[-2])
+    for have, want in zip(reversed(mask.shape), reversed(goal), strict=False):
+        if have not in (1, want) and want != 1:
+            raise RuntimeError(f"attn_mask must be broadcastable to {goal}, got {tuple(mask.shape)}")
+
+
+def _group(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+    """Key and value with one number of heads that divides query's."""
+    if min(query.dim(), key.dim(), value.dim()) < 3:
+        raise IndexError("enable_gqa needs a head dimension: query, key and value of at least 3 dimensions")
+    heads, kv = query.shape[-3], (key.shape[-3], value.shape[-3])
+    if any(n == 0 or heads % n for n in kv):
+        raise RuntimeError(f"the heads of key and value must divide those of query, {heads}, got {kv[0]} and {kv[1]}")
+    if kv[0] != kv[1]:
+        return key.repeat_interleave(heads // kv[0], -3), value.repeat_interleave(heads // kv[1], -3)
+    return key, value
+
+
+def _four(tensor: Tensor, lead: torch.Size | tuple[int, ...], heads: int | None = None) -> Tensor:
+    """(..., L, D) expanded to (*lead, L, D) as (B, H, L, D); heads stands for the last of lead where given."""
+    last = tensor.shape[-2:]
+    if not lead:
+        return tensor.view(1, 1, *last)
+    full = (*lead[:-1], heads if heads is not None else lead[-1])
+    return tensor.expand(*full, *last).reshape(-1 if tensor.numel() else math.prod(full[:-1]), full[-1], *last)

@@ -1,0 +1,344 @@
+"""A decoder-only Transformer: GPT-2 style (Radford et al. 2019) and Llama style (Touvron et al. 2023,
+arXiv:2302.13971), chosen by its config. B batch, S length, C width, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, fields
+from typing import Any, NamedTuple, cast
+
+import torch
+from torch import Tensor, nn
+
+from fastlm import ops
+from fastlm.models._files import load_config, load_weights, save_folder
+from fastlm.models._sampling import check_sampling, sample
+from fastlm.nn import KVCache, RotaryEmbedding, TransformerBlock
+from fastlm.nn.mlp import ACTIVATIONS
+from fastlm.nn.transformer import make_norm
+
+
+@dataclass(frozen=True)
+class CausalLMConfig:
+    """Everything that shapes a CausalLM. A wrong value raises ValueError.
+
+    >>> CausalLMConfig.gpt2(layers=6, heads=6, width=384, context=256)
+    """
+
+    vocab_size: int
+    context: int
+    """Most tokens the model sees at once."""
+    layers: int
+    heads: int
+    width: int
+    kv_heads: int | None = None
+    """Heads of keys and values, dividing heads; None: as many as heads."""
+    mlp_width: int | None = None
+    """None: 4 * width, or 8/3 * width rounded up to a multiple of 64 for swiglu and geglu."""
+    activation: str = "gelu"
+    """gelu, gelu_tanh, relu, silu, swiglu or geglu."""
+    norm: str = "layer"
+    """layer (LayerNorm) or rms (RMSNorm)."""
+    norm_eps: float = 1e-5
+    positions: str = "learned"
+    """learned (an embedding added to the tokens') or rope (queries and keys rotated)."""
+    rope_base: float = 10000.0
+    bias: bool = True
+    """Of projections and LayerNorm."""
+    dropout: float = 0.0
+    tied: bool = True
+    """The head is the token embedding."""
+
+    def __post_init__(self) -> None:
+        for name in ("vocab_size", "context", "layers", "heads", "width", "kv_heads", "mlp_width"):
+            value, optional = getattr(self, name), name in ("kv_heads", "mlp_width")
+            if value is None and optional:
+                continue
+            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+                raise ValueError(f"{name} must be an integer of at least 1{' or None' * optional}, got {value!r}")
+        if self.width % self.heads:
+            raise ValueError(f"width must be a multiple of heads, got width={self.width}, heads={self.heads}")
+        if self.kv_heads is not None and self.heads % self.kv_heads:
+            raise ValueError(f"kv_heads must divide heads, got kv_heads={self.kv_heads}, heads={self.heads}")
+        for name, allowed in (
+            ("activation", tuple(ACTIVATIONS)), ("norm", ("layer", "rms")), ("positions", ("learned", "rope")),
+        ):  # fmt: skip
+            if getattr(self, name) not in allowed:
+                raise ValueError(f"{name} must be one of {', '.join(allowed)}, got {getattr(self, name)!r}")
+        if self.positions == "rope" and self.width // self.heads % 2:
+            raise ValueError(f"positions='rope' needs an even width / heads, got {self.width} / {self.heads}")
+        if not 0 <= self.dropout < 1:
+            raise ValueError(f"dropout must lie in [0, 1), got {self.dropout}")
+        for name in ("norm_eps", "rope_base"):
+            if not 0 < getattr(self, name) < float("inf"):
+                raise ValueError(f"{name} must be positive and finite, got {getattr(self, name)}")
+
+    @classmethod
+    def gpt2(cls, **changes: Any) -> CausalLMConfig:
+        """GPT-2 with 124 million parameters, and any field changed."""
+        preset: dict[str, Any] = {
+            "vocab_size": 50257, "context": 1024, "layers": 12, "heads": 12, "width": 768, "activation": "gelu_tanh",
+        }  # fmt: skip
+        return cls(**{**preset, **changes})
+
+    @classmethod
+    def llama(cls, **changes: Any) -> CausalLMConfig:
+        """TinyLlama's 1.1 billion parameters (Zhang et al. 2024, arXiv:2401.02385), and any field changed.
+
+        A change of width, heads or activation without kv_heads or mlp_width returns these two to their defaults.
+        """
+        preset: dict[str, Any] = {
+            "vocab_size": 32000, "context": 2048, "layers": 22, "heads": 32, "kv_heads": 4, "width": 2048,
+            "mlp_width": 5632, "activation": "swiglu", "norm": "rms", "positions": "rope", "bias": False, "tied": False,
+        }  # fmt: skip
+        if "heads" in changes:
+            preset["kv_heads"] = None
+        if "width" in changes or "activation" in changes:
+            preset["mlp_width"] = None
+        return cls(**{**preset, **changes})
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> CausalLMConfig:
+        """The config of asdict() or of a config.json. Raises ValueError on unknown or missing names."""
+        names = [f.name for f in fields(cls)]
+        unknown = sorted(set(values) - set(names))
+        missing = [f.name for f in fields(cls)[:5] if f.name not in values]
+        if unknown or missing:
+            raise ValueError(f"config has unknown names {unknown} and lacks {missing}; its names are {names}")
+        return cls(**values)
+
+
+class CausalLMOutput(NamedTuple):
+    loss: Tensor | None
+    logits: Tensor | None
+
+
+class CausalLM(nn.Module):
+    """embed -> blocks -> norm -> head.
+
+    Initialised as GPT-2: weights normal with deviation 0.02, divided by sqrt(2 * layers) for the two projections of
+    each block that write to the residual stream; biases zero.
+
+    >>> model = CausalLM(CausalLMConfig.gpt2())
+    >>> model(tokens, targets).loss.backward()
+    """
+
+    def __init__(self, config: CausalLMConfig) -> None:
+        super().__init__()
+        c = self.config = config
+        self.embed = nn.Embedding(c.vocab_size, c.width)
+        learned = c.positions == "learned"
+        self.positions = nn.Embedding(c.context, c.width) if learned else None
+        self.rope = None if learned else RotaryEmbedding(c.width // c.heads, c.rope_base)
+        self.dropout = nn.Dropout(c.dropout)
+        self.blocks = nn.ModuleList(
+            TransformerBlock(
+                c.width, c.heads, c.kv_heads, c.mlp_width, c.activation, c.norm, c.norm_eps, c.bias, c.dropout
+            )
+            for _ in range(c.layers)
+        )
+        self.norm = make_norm(c.norm, c.width, c.norm_eps, c.bias)
+        self.head = None if c.tied else nn.Linear(c.width, c.vocab_size, bias=False)
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Initialises every weight anew."""
+        for name, module in self.named_modules():
+            if isinstance(module, (nn.Linear, nn.Embedding)):
+                residual = name.endswith((".attention.out", ".mlp.down"))
+                nn.init.normal_(module.weight, std=0.02 / (2 * self.config.layers) ** 0.5 if residual else 0.02)
+                if isinstance(module, nn.Linear) and module.bias is not None:
+                    nn.init.zeros_(module.bias)
+            elif hasattr(module, "elementwise_affine"):
+                cast(nn.LayerNorm, module).reset_parameters()
+
+    @property
+    def head_weight(self) -> Tensor:
+        """(V, C)."""
+        return self.embed.weight if self.head is None else self.head.weight
+
+    def forward(self, tokens: Tensor, targets: Tensor | None = None, *, reduction: str = "mean") -> CausalLMOutput:
+        """Loss where there are targets, else logits.
+
+        Args:
+            tokens: (B, S) int64, S at most config.context.
+            targets: (B, S) int64, the token after each; -100 takes no part. The logits are then never held whole.
+            reduction: "mean" over the targets that take part, "sum", or "none" (B * S losses).
+
+        Returns:
+            CausalLMOutput(loss, None) or CausalLMOutput(None, logits (B, S, V)).
+
+        Raises:
+            TypeError, ValueError: tokens or targets have another dtype or shape, or lie outside the vocabulary.
+        """
+        self._check_tokens(tokens)
+        if targets is None:
+            x = self._hidden(tokens)
+            return CausalLMOutput(None, nn.functional.linear(x, self.head_weight))
+        if targets.shape != tokens.shape or targets.dtype is not torch.int64:
+            raise ValueError(
+                f"targets must be {tuple(tokens.shape)} of int64 like tokens, "
+                f"got {tuple(targets.shape)} of {targets.dtype}"
+            )
+        x = self._hidden(tokens).flatten(0, 1)  # (B*S, C)
+        loss = ops.linear_cross_entropy(x, self.head_weight, targets.flatten(), reduction=reduction)
+        return CausalLMOutput(loss, None)
+
+    def _hidden(self, tokens: Tensor, caches: list[KVCache] | None = None) -> Tensor:
+        """(B, S) -> (B, S, C), normalised. With caches the tokens follow those the caches hold."""
+        S, start = tokens.shape[1], caches[0].length if caches else 0
+        x = self.embed(tokens)  # (B, S, C)
+        rope = None
+        if self.positions is not None:
+            x = x + self.positions.weight[start : start + S]  # (S, C) over the batch
+        else:
+            assert self.rope is not None
+            rope = self.rope(S, start, tokens.device)
+        x = self.dropout(x)
+        for i, block in enumerate(self.blocks):
+            x = block(x, rope, caches[i] if caches else None)
+        return self.norm(x)
+
+    def _check_tokens(self, tokens: Tensor) -> None:
+        c = self.config
+        if not isinstance(tokens, Tensor) or tokens.dtype is not torch.int64:
+            raise TypeError(f"tokens must be a Tensor of int64, got {getattr(tokens, 'dtype', type(tokens).__name__)}")
+        if tokens.dim() != 2 or tokens.shape[1] > c.context:
+            raise ValueError(f"tokens must be (B, S) with S at most {c.context}, got {tuple(tokens.shape)}")
+        # On an accelerator this would wait for the device; there the embedding checks on its own.
+        if tokens.is_cpu and tokens.numel() and not torch.compiler.is_compiling():
+            low, high = (int(t) for t in tokens.aminmax())
+            if low < 0 or high >= c.vocab_size:
+                raise ValueError(f"tokens must lie in 0 .. {c.vocab_size - 1}, got {low} .. {high}")
+
+    def generate(
+        self,
+        tokens: Tensor,
+        max_new_tokens: int,
+        *,
+        temperature: float = 1.0,
+        top_k: int | None = None,
+        top_p: float | None = None,
+        generator: torch.Generator | None = None,
+        eos: int | None = None,
+        use_cache: bool = True,
+    ) -> Tensor:
+        """The prompts and what follows them, (B, S + new); arguments as stream()."""
+        options = {"temperature": temperature, "top_k": top_k, "top_p": top_p}
+        new = self.stream(tokens, max_new_tokens, **options, generator=generator, eos=eos, use_cache=use_cache)  # type: ignore[arg-type]
+        return torch.cat([tokens, *(token.unsqueeze(1) for token in new)], 1)
+
+    def stream(
+        self,
+        tokens: Tensor,
+        max_new_tokens: int,
+        *,
+        temperature: float = 1.0,
+        top_k: int | None = None,
+        top_p: float | None = None,
+        generator: torch.Generator | None = None,
+        eos: int | None = None,
+        use_cache: bool = True,
+    ) -> Iterator[Tensor]:
+        """Yields the next token of every prompt, (B,) int64, one step at a time.
+
+        The model sees at most the last config.context tokens. Beyond them every token is computed from that window
+        anew: earlier keys and values would carry what has left it, and learned positions move.
+
+        Args:
+            tokens: (B, S) int64, prompts of one length, at least 1.
+            max_new_tokens: steps, fewer when every sequence has come to eos.
+            temperature: divides the logits; 0 takes the most probable token.
+            top_k: sample among the k most probable. top_p: among the fewest whose probabilities add up to p.
+            generator: source of randomness; None for torch's default.
+            eos: token that ends a sequence; it is repeated until all have ended.
+            use_cache: keep keys and values of earlier tokens instead of computing them again.
+
+        Raises:
+            ValueError: an option out of its range; before the first step.
+        """
+        c = self.config
+        check_sampling(temperature, top_k, top_p)
+        if max_new_tokens < 0:
+            raise ValueError(f"max_new_tokens must be at least 0, got {max_new_tokens}")
+        if eos is not None and not 0 <= eos < c.vocab_size:
+            raise ValueError(f"eos must be None or lie in 0 .. {c.vocab_size - 1}, got {eos}")
+        if not isinstance(tokens, Tensor) or tokens.dim() != 2 or tokens.shape[1] < 1:
+            raise ValueError(f"tokens must be (B, S) with S at least 1, got {getattr(tokens, 'shape', tokens)}")
+        self._check_tokens(tokens[:, -c.context :])
+
+        def steps() -> Iterator[Tensor]:
+            seen = tokens  # (B, S), growing
+            caches = [KVCache(c.context) for _ in self.blocks] if use_cache else None
+            ended = torch.zeros(tokens.shape[0], dtype=torch.bool, device=tokens.device)
+            for _ in range(max_new_tokens):
+                with torch.no_grad(), _evaluating(self):
+                    if caches and (seen.shape[1] <= c.context):
+                        x = self._hidden(seen[:, caches[0].length :], caches)  # the tokens the caches lack
+                    else:
+                        caches = None
+                        x = self._hidden(seen[:, -c.context :])
+                    logits = nn.functional.linear(x[:, -1], self.head_weight)  # (B, V)
+                    token = sample(logits, temperature, top_k, top_p, generator)
+                    if eos is not None:
+                        token = token.masked_fill(ended, eos)
+                        ended |= token == eos
+                    seen = torch.cat((seen[:, -c.context :], token.unsqueeze(1)), 1)
+                yield token
+                if eos is not None and bool(ended.all()):
+                    return
+
+        return steps()
+
+    def num_parameters(self, *, embeddings: bool = True) -> int:
+        """Number of weights; without embeddings, those of tokens and positions are left out (a tied head with them)."""
+        total = sum(p.numel() for p in self.parameters())
+        tables = [self.embed] if self.positions is None else [self.embed, self.positions]
+        return total if embeddings else total - sum(table.weight.numel() for table in tables)
+
+    def flops_per_token(self, length: int | None = None) -> int:
+        """Floating-point operations of forward and backward per trained token at this length (None: the context).
+
+        6 per weight of a matrix product, and 12 * layers * width * length for attention, counted whole as if it were
+        not causal (Chowdhery et al. 2022, arXiv:2204.02311, appendix B).
+        """
+        c = self.config
+        head = c.vocab_size * c.width if c.tied else 0  # an untied head is counted with the other weights
+        length = c.context if length is None else length
+        return 6 * (self.num_parameters(embeddings=False) + head) + 12 * c.layers * c.width * length
+
+    def save(self, folder: str | os.PathLike[str]) -> None:
+        """Writes model.safetensors and config.json, each whole or not at all.
+
+        Raises:
+            OSError: the folder cannot be written or the disk is full; what was there stays whole.
+        """
+        save_folder(folder, self.state_dict(), asdict(self.config))
+
+    @classmethod
+    def load(cls, folder: str | os.PathLike[str], device: str = "cpu") -> CausalLM:
+        """The model that save() wrote.
+
+        Raises:
+            FileNotFoundError: the folder or a file of it is missing.
+            ValueError: a file is truncated; weights and config do not belong together.
+        """
+        values = load_config(folder)
+        config = CausalLMConfig.from_dict(values)
+        return cast(CausalLM, load_weights(folder, values, lambda: cls(config), device))
+
+
+@contextmanager
+def _evaluating(model: nn.Module) -> Iterator[None]:
+    """Evaluation mode within the block; afterwards every module is in the mode it was in."""
+    training = [module for module in model.modules() if module.training]
+    for module in training:
+        module.training = False
+    try:
+        yield
+    finally:
+        for module in training:
+            module.training = True

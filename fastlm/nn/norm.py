@@ -1,0 +1,42 @@
+"""LayerNorm and RMSNorm: torch's layers with our forward."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from fastlm import ops
+from fastlm.nn import functional as F
+
+
+class LayerNorm(torch.nn.LayerNorm):
+    """torch.nn.LayerNorm, run by fastlm.ops.layer_norm (Ba et al. 2016, arXiv:1607.06450)."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        return F.layer_norm(input, self.normalized_shape, self.weight, self.bias, self.eps)
+
+
+class RMSNorm(torch.nn.RMSNorm):
+    """torch.nn.RMSNorm, run by fastlm.ops.rms_norm (Zhang and Sennrich 2019, arXiv:1910.07467)."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.rms_norm(x, self.normalized_shape, self.weight, self.eps)
+
+
+def add_norm(norm: LayerNorm | RMSNorm, x: Tensor, residual: Tensor) -> tuple[Tensor, Tensor]:
+    """h = x + residual, y = norm(h), in one pass over memory where both have one dtype.
+
+    Args:
+        norm: a layer that normalises the last dimension alone.
+        x: (..., N), the output of a branch; under autocast bfloat16 beside a float32 residual stream.
+        residual: (..., N), the residual stream.
+
+    Returns:
+        (y, h), h in the dtype torch promotes x and residual to.
+    """
+    if x.dtype is not residual.dtype:
+        h = residual + x
+        return norm(h), h
+    if isinstance(norm, torch.nn.LayerNorm):
+        return ops.add_layer_norm(x, residual, norm.weight, norm.bias, norm.eps)
+    return ops.add_rms_norm(x, residual, norm.weight, norm.eps)
