@@ -74,8 +74,7 @@ class PlainGPT(nn.Module):
         self.norm = plain_norm(c)
         self.head = None if c.tied else nn.Linear(c.width, c.vocab_size, bias=False)
 
-    def forward(self, tokens: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
-        """(loss, logits)."""
+    def forward(self, tokens: Tensor, targets: Tensor, reduction: str = "mean") -> Tensor:
         c, S, rope = self.config, tokens.shape[1], None
         x = self.embed(tokens)
         if self.positions is not None:
@@ -90,4 +89,4 @@ class PlainGPT(nn.Module):
         for block in self.blocks:
             x = block(x, rope)
         logits = F.linear(self.norm(x), self.embed.weight if self.head is None else self.head.weight)
-        return F.cross_entropy(logits.view(-1, c.vocab_size), targets.view(-1), ignore_index=-100), logits
+        return F.cross_entropy(logits.view(-1, c.vocab_size), targets.view(-1), reduction=reduction)

@@ -2,6 +2,7 @@
 
 from fastlm.nn import functional
 from fastlm.nn.attention import KVCache, MultiheadAttention, SelfAttention
+from fastlm.nn.loss import CrossEntropyLoss, LinearCrossEntropyLoss
 from fastlm.nn.mlp import MLP
 from fastlm.nn.norm import LayerNorm, RMSNorm
 from fastlm.nn.rotary import RotaryEmbedding
@@ -9,8 +10,10 @@ from fastlm.nn.transformer import TransformerBlock
 
 __all__ = [
     "MLP",
+    "CrossEntropyLoss",
     "KVCache",
     "LayerNorm",
+    "LinearCrossEntropyLoss",
     "MultiheadAttention",
     "RMSNorm",
     "RotaryEmbedding",

@@ -25,8 +25,8 @@ class CrossEntropyLoss(torch.nn.CrossEntropyLoss):
         )
 
 
-class _LinearCrossEntropyLoss(torch.nn.CrossEntropyLoss):
-    """The constructor of torch 2.13's LinearCrossEntropyLoss, for older torch."""
+class _LinearCrossEntropyLoss(torch.nn.Module):
+    """Constructor and state dict of torch 2.13's LinearCrossEntropyLoss, for older torch."""
 
     def __init__(
         self,
@@ -35,7 +35,7 @@ class _LinearCrossEntropyLoss(torch.nn.CrossEntropyLoss):
         *,
         out_features: tuple[int, ...] = (),
         bias: bool = False,
-        device: torch.device | None = None,
+        device: Any = None,
         dtype: torch.dtype | None = None,
         reduction: str = "mean",
         weight: Tensor | None = None,
@@ -43,8 +43,36 @@ class _LinearCrossEntropyLoss(torch.nn.CrossEntropyLoss):
         label_smoothing: float = 0.0,
         options: Any = None,
     ) -> None:
-        super().__init__(weight=weight, reduction=reduction, label_smoothing=label_smoothing)
-        self.ignore_index = ignore_index  # type: ignore[assignment]
-        self.in_features, self.num_classes, self.out_features = in_features, num_classes, out_features
-        self.options = options
+        if weight is not None and weight.shape != (num_classes,):
+            raise RuntimeError(f"weight must be {(num_classes,)}, got {tuple(weight.shape)}")
+        if not 0.0 <= label_smoothing <= 1.0:
+            raise RuntimeError(f"label_smoothing must lie in [0, 1], got {label_smoothing}")
+        super().__init__()
+        self.register_buffer("weight", weight)
+        self.num_classes, self.out_features = num_classes, out_features
+        self.reduction, self.ignore_index, self.label_smoothing = reduction, ignore_index, label_smoothing
         self.linear = torch.nn.Linear(in_features, math.prod(out_features, start=num_classes), bias, device, dtype)
+        self.options = options
+
+
+_Base: Any = getattr(torch.nn, "LinearCrossEntropyLoss", _LinearCrossEntropyLoss)
+
+
+class LinearCrossEntropyLoss(_Base):
+    """torch.nn.LinearCrossEntropyLoss (torch 2.13), on any torch: a head and its loss, never all logits at once.
+
+    For a head tied to an embedding, `loss.linear.weight = embedding.weight`. `options` is accepted and not needed.
+    """
+
+    def forward(self, input: Tensor, target: Tensor) -> Tensor:
+        shape, linear = (self.num_classes, *self.out_features), self.linear
+        return F.linear_cross_entropy(
+            input,
+            linear.weight.reshape(*shape, linear.in_features),
+            target,
+            linear_bias=None if linear.bias is None else linear.bias.reshape(shape),
+            weight=self.weight,
+            reduction=self.reduction,
+            ignore_index=self.ignore_index,
+            label_smoothing=self.label_smoothing,
+        )
