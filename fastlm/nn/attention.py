@@ -43,8 +43,11 @@ class MultiheadAttention(torch.nn.MultiheadAttention):
         # As in torch: with key padding the hint is not used, the mask it stands for is.
         hint = is_causal and key_padding_mask is None
         mask = _merge_masks(None if hint else attn_mask, key_padding_mask, q.shape[0], self.num_heads)
+        q, k, v = (t.unflatten(-1, (self.num_heads, -1)).transpose(1, 2) for t in (q, k, v))  # (B, H, length, D)
         out = F.scaled_dot_product_attention(
-            *(t.unflatten(-1, (self.num_heads, -1)).transpose(1, 2) for t in (q, k, v)),  # (B, H, length, D), views
+            q,
+            k,
+            v,
             attn_mask=mask,
             dropout_p=self.dropout if self.training else 0.0,
             is_causal=hint,

@@ -6,6 +6,7 @@ What torch refuses is refused with the same type of exception; torch.autocast ac
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -19,7 +20,7 @@ __all__ = ["cross_entropy", "layer_norm", "linear_cross_entropy", "rms_norm", "s
 
 def layer_norm(
     input: Tensor,
-    normalized_shape: list[int],
+    normalized_shape: Sequence[int],
     weight: Tensor | None = None,
     bias: Tensor | None = None,
     eps: float = 1e-5,
@@ -45,7 +46,7 @@ def layer_norm(
 
 
 def rms_norm(
-    input: Tensor, normalized_shape: list[int], weight: Tensor | None = None, eps: float | None = None
+    input: Tensor, normalized_shape: Sequence[int], weight: Tensor | None = None, eps: float | None = None
 ) -> Tensor:
     """torch.nn.functional.rms_norm over ops.rms_norm: as layer_norm, without mean and bias.
 
@@ -118,7 +119,7 @@ def scaled_dot_product_attention(
 
 
 def _norm_agrees(
-    input: Tensor, shape: list[int], weight: Tensor | None, bias: Tensor | None, any_dtype: bool = False
+    input: Tensor, shape: Sequence[int], weight: Tensor | None, bias: Tensor | None, any_dtype: bool = False
 ) -> bool:
     """Whether torch would take these; where not, torch's own function says why."""
     if not (isinstance(input, Tensor) and isinstance(shape, (list, tuple)) and input.is_floating_point()):
@@ -137,7 +138,7 @@ def _norm_agrees(
     return low and all(p.dtype is torch.float32 for p in parameters)
 
 
-def _rows(input: Tensor, shape: list[int]) -> Tensor:
+def _rows(input: Tensor, shape: Sequence[int]) -> Tensor:
     return input.reshape(*input.shape[: -len(shape)], math.prod(shape))
 
 

@@ -317,7 +317,7 @@ def test_load_says_what_is_wrong(tmp_path: Path) -> None:
         model.save(tmp_path)
         CausalLM.load(tmp_path)
 
-    with pytest.raises(FileNotFoundError, match="no folder .*elsewhere"):
+    with pytest.raises(FileNotFoundError, match=r"no folder .*elsewhere"):
         CausalLM.load(tmp_path / "elsewhere")
     refuses(FileNotFoundError, "holds no config.json")
     weights.unlink()

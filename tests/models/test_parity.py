@@ -1,4 +1,4 @@
-"""CausalLM on every backend beside the same weights in plain PyTorch: loss, gradients, and the first steps of training."""
+"""CausalLM on every backend beside the same weights in plain PyTorch: loss, gradients, twenty steps of training."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ def batch(generator: torch.Generator | None = None) -> tuple[torch.Tensor, torch
 
 
 def assert_as_accurate(what: str, actual: Tensor, oracle: Tensor, eager: Tensor, factor: float) -> None:
-    """The accuracy rule on whole vectors: after many layers the largest error is a matter of chance, the norm is not."""
+    """The accuracy rule on whole vectors: past many layers the largest error is a matter of chance."""
     assert actual.dtype is eager.dtype and actual.shape == oracle.shape
     error, eager_error = ((t.double() - oracle).norm().item() for t in (actual, eager))
     allowed = factor * eager_error + 4 * torch.finfo(actual.dtype).eps * oracle.norm().item()

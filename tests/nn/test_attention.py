@@ -145,7 +145,7 @@ BAD_CALLS = {
 def test_refuses_what_torch_refuses(case: str) -> None:
     arguments, options = BAD_CALLS[case]
     ours, theirs = pair(batch_first=True)
-    with pytest.raises(Exception) as expected:  # noqa: B017  (torch names the type)
+    with pytest.raises(Exception) as expected:
         theirs(*arguments, need_weights=False, **options)
     with pytest.raises(expected.type):
         ours(*arguments, need_weights=False, **options)

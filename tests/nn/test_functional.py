@@ -213,7 +213,7 @@ BAD_ATTENTION = {
 @pytest.mark.parametrize("case", BAD_ATTENTION)
 def test_attention_refuses_what_torch_refuses(case: str) -> None:
     arguments, options = BAD_ATTENTION[case]
-    with pytest.raises(Exception) as theirs:  # noqa: B017  (torch names the type)
+    with pytest.raises(Exception) as theirs:
         T.scaled_dot_product_attention(*arguments, **options)
     with pytest.raises(theirs.type):
         F.scaled_dot_product_attention(*arguments, **options)

@@ -210,7 +210,7 @@ def test_gated_mlp_has_as_many_weights_as_a_plain_one() -> None:
 
 
 def test_mlp_refuses() -> None:
-    with pytest.raises(ValueError, match="activation must be one of gelu, gelu_tanh, .*, got 'tanh'"):
+    with pytest.raises(ValueError, match=r"activation must be one of gelu, gelu_tanh, .*, got 'tanh'"):
         nn.MLP(8, activation="tanh")
     with pytest.raises(ValueError, match="at least 1, got 8 and 0"):
         nn.MLP(8, 0)

@@ -1,0 +1,153 @@
+"""A training step of fastlm.models.CausalLM beside the same model in plain PyTorch (bench/plain_gpt.py).
+
+    python -m bench.bench_train                            GPT of 6 layers, 384 wide: every vocabulary and precision
+    python -m bench.bench_train --vocab 50304 --precision bf16 --steps 20
+
+One step: forward, loss, backward, clipping to norm 1, AdamW. Each contender is a process of its own, because a malloc
+setting is one of the whole process; they take turns step by step, so that a noisy machine is noisy for all alike.
+    fastlm       CausalLM, fastlm.optim.AdamW, tuned malloc: what fastlm's trainer does
+    plain        PlainGPT, torch.optim.AdamW, malloc as it comes: what a training script does
+    plain tuned  the same with tuned malloc
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import subprocess
+import sys
+import time
+from contextlib import nullcontext
+from pathlib import Path
+
+import torch
+
+ROOT = Path(__file__).resolve().parent.parent
+CONTENDERS = ("fastlm", "plain", "plain tuned")
+
+
+def build(options: argparse.Namespace):
+    """The model and its config, the same weights for every contender."""
+    from bench.plain_gpt import PlainGPT
+    from fastlm.models import CausalLM, CausalLMConfig
+
+    make = getattr(CausalLMConfig, options.style)
+    config = make(
+        vocab_size=options.vocab, context=options.context, layers=options.layers, heads=options.heads,
+        width=options.width, dropout=options.dropout,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    model = CausalLM(config)
+    if options.worker == "fastlm":
+        return model
+    plain = PlainGPT(config)
+    plain.load_state_dict(model.state_dict())
+    return plain
+
+
+def worker(options: argparse.Namespace) -> None:
+    """Runs one step for each line on stdin and answers with its seconds and loss as JSON."""
+    import fastlm
+
+    if options.worker != "plain":
+        fastlm.tune_malloc()
+    model = build(options)
+    settings = {"lr": 3e-4, "betas": (0.9, 0.95), "weight_decay": 0.1}
+    if options.worker == "fastlm":
+        from fastlm.optim import AdamW
+
+        optimizer: torch.optim.Optimizer = AdamW(model.parameters(), **settings, max_norm=1.0)
+    else:
+        optimizer = torch.optim.AdamW(model.parameters(), **settings)
+    generator = torch.Generator().manual_seed(1)
+    print(json.dumps({"parameters": sum(p.numel() for p in model.parameters())}), flush=True)
+    for _ in sys.stdin:
+        tokens = torch.randint(options.vocab, (options.batch, options.context + 1), generator=generator)
+        start = time.perf_counter()
+        with torch.autocast("cpu", torch.bfloat16) if options.precision == "bf16" else nullcontext():
+            result = model(tokens[:, :-1], tokens[:, 1:])
+            loss = result.loss if options.worker == "fastlm" else result
+        loss.backward()
+        if options.worker != "fastlm":
+            torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+        print(json.dumps({"seconds": time.perf_counter() - start, "loss": loss.item()}), flush=True)
+
+
+def compare(options: argparse.Namespace, vocab: int, precision: str) -> dict:
+    """Medians of the contenders' steps, in turns."""
+    flags = ["style", "layers", "width", "heads", "context", "batch", "dropout"]
+    command = [sys.executable, "-m", "bench.bench_train", "--vocab", str(vocab), "--precision", precision]
+    command += [f"--{flag}={getattr(options, flag)}" for flag in flags]
+    workers = {
+        name: subprocess.Popen(
+            [*command, "--worker", name], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, cwd=ROOT
+        )
+        for name in CONTENDERS
+    }
+
+    def answer(name: str) -> dict:
+        line = workers[name].stdout.readline()
+        if not line:
+            raise SystemExit(f"bench: the {name} process ended with status {workers[name].wait()}")
+        return json.loads(line)
+
+    seconds: dict[str, list[float]] = {name: [] for name in workers}
+    losses = {}
+    try:
+        parameters = [answer(name)["parameters"] for name in workers]
+        for step in range(options.warmup + options.steps):
+            for name, process in workers.items():
+                process.stdin.write("step\n")
+                process.stdin.flush()
+                result = answer(name)
+                losses[name] = result["loss"]
+                if step >= options.warmup:
+                    seconds[name].append(result["seconds"])
+    finally:
+        for process in workers.values():
+            process.stdin.close()
+            process.wait()
+    spread = max(losses.values()) - min(losses.values())
+    if not spread < 0.02:
+        raise SystemExit(f"bench: after the same steps the losses differ: {losses}; a wrong result is not timed")
+    medians = {name: statistics.median(values) for name, values in seconds.items()}
+    return {"parameters": parameters[0], "medians": medians, "losses": losses}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        prog="python -m bench.bench_train", description=__doc__, formatter_class=argparse.RawTextHelpFormatter
+    )
+    parser.add_argument("--style", choices=("gpt2", "llama"), default="gpt2")
+    for name, default in {"layers": 6, "width": 384, "heads": 6, "context": 256, "batch": 8}.items():
+        parser.add_argument(f"--{name}", type=int, default=default)
+    parser.add_argument("--dropout", type=float, default=0.0)
+    parser.add_argument("--vocab", type=int, action="append", help="default: 65 and 50304")
+    parser.add_argument(
+        "--precision", choices=("fp32", "bf16"), action="append", help="bf16 is autocast; default: both"
+    )
+    parser.add_argument("--steps", type=int, default=10, help="timed steps of each")
+    parser.add_argument("--warmup", type=int, default=2)
+    parser.add_argument("--worker", choices=CONTENDERS, help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.worker:
+        options.vocab, options.precision = options.vocab[0], options.precision[0]
+        return worker(options)
+    shape = f"{options.style}, {options.layers} layers, {options.width} wide, batch {options.batch} x {options.context}"
+    print(f"{shape}, {torch.get_num_threads()} threads, torch {torch.__version__}; medians of {options.steps} steps")
+    heads = ("fastlm ms", "plain ms", "ratio", "plain tuned", "ratio")
+    print(f"{'vocabulary':>10} {'precision':>9}" + "".join(f"{head:>12}" for head in heads))
+    for vocab in options.vocab or (65, 50304):
+        for precision in options.precision or ("fp32", "bf16"):
+            ms = {name: 1e3 * s for name, s in compare(options, vocab, precision)["medians"].items()}
+            cells = [f"{ms['fastlm']:.0f}"]
+            for peer in CONTENDERS[1:]:
+                cells += [f"{ms[peer]:.0f}", f"{ms[peer] / ms['fastlm']:.2f}x"]
+            print(f"{vocab:10} {precision:>9}" + "".join(f"{cell:>12}" for cell in cells), flush=True)
+
+
+if __name__ == "__main__":
+    main()
