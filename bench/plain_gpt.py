@@ -89,4 +89,4 @@ class PlainGPT(nn.Module):
         for block in self.blocks:
             x = block(x, rope)
         logits = F.linear(self.norm(x), self.embed.weight if self.head is None else self.head.weight)
-        return F.cross_entropy(logits.view(-1, c.vocab_size), targets.view(-1), reduction=reduction)
+        return F.cross_entropy(logits.view(-1, c.vocab_size), targets.reshape(-1), reduction=reduction)
