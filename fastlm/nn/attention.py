@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Literal
+
 import torch
 from torch import Tensor
 
@@ -225,7 +227,7 @@ class SelfAttention(torch.nn.Module):
         v = v.view(B, S, Hk, D).transpose(1, 2)
         if rope is not None:
             q, k = rotate(q, k, *rope)
-        causal: bool | str = self.causal
+        causal: Literal["bottom-right"] | bool = self.causal
         if cache is not None:
             k, v = cache.append(k, v)
             causal = "bottom-right" if self.causal and S > 1 else False  # a single query is the last: it sees all

@@ -101,15 +101,17 @@ def scaled_dot_product_attention(
     _check_attention(query, key, value, attn_mask, dropout_p, is_causal)
     if enable_gqa:
         key, value = _group(query, key, value)
+    lead = query.shape[:-2]
     plain = query.dim() == key.dim() == value.dim() == 4 and query.shape[0] == key.shape[0] == value.shape[0]
     if plain and key.shape[1] == value.shape[1] and (enable_gqa or query.shape[1] == key.shape[1]):
+        _check_mask(attn_mask, (*lead, query.shape[2], key.shape[2]))
         return ops.attention(query, key, value, mask=attn_mask, causal=is_causal, scale=scale, dropout=dropout_p)
 
     # Any other number of leading dimensions becomes (B, H): expanded views, copied only where no view exists.
     heads = key.shape[-3] if enable_gqa else None
-    lead = torch.broadcast_shapes(
-        query.shape[:-2], *((*t.shape[:-3], query.shape[-3]) if enable_gqa else t.shape[:-2] for t in (key, value))
-    )
+    others = ((*t.shape[:-3], lead[-1]) if enable_gqa else t.shape[:-2] for t in (key, value))
+    lead = torch.broadcast_shapes(lead, *others)
+    _check_mask(attn_mask, (*lead, query.shape[-2], key.shape[-2]))
     if attn_mask is not None and len(lead) > 2 and attn_mask.dim() > 3:
         last = attn_mask.shape[-2:]
         attn_mask = attn_mask.expand(*lead, *last).reshape(-1, lead[-1], *last)
@@ -176,12 +178,14 @@ def _check_attention(
         raise RuntimeError(f"attn_mask must be on the device of query, {query.device}, got {mask.device}")
     if mask.dim() < 2:
         raise IndexError(f"attn_mask must have at least 2 dimensions, got {tuple(mask.shape)}")
-    if mask.dim() > max(query.dim(), key.dim(), value.dim()):
-        raise RuntimeError(f"attn_mask must not have more dimensions than query, got {tuple(mask.shape)}")
-    goal = (*query.shape[:-1], key.shape[-2])
-    for have, want in zip(reversed(mask.shape), reversed(goal), strict=False):
-        if have not in (1, want) and want != 1:
-            raise RuntimeError(f"attn_mask must be broadcastable to {goal}, got {tuple(mask.shape)}")
+
+
+def _check_mask(mask: Tensor | None, goal: tuple[int, ...]) -> None:
+    if mask is None:
+        return
+    pairs = zip(reversed(mask.shape), reversed(goal), strict=False)
+    if mask.dim() > len(goal) or any(have not in (1, want) for have, want in pairs):
+        raise RuntimeError(f"attn_mask must be broadcastable to {goal}, got {tuple(mask.shape)}")
 
 
 def _group(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
