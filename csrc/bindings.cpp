@@ -52,4 +52,5 @@ PYBIND11_MODULE(_C, m) {
   m.def("norm_scratch", &norm_scratch);
   m.def("attention_forward_scratch", &attention_forward_scratch);
   m.def("attention_scratch", &attention_scratch);
+  m.def("cross_entropy_room", &cross_entropy_room);
 }

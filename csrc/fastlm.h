@@ -19,6 +19,12 @@
 namespace fastlm {
 /// Distances in elements between neighbours along each dimension of a 4-dimensional tensor; 0 where it is broadcast.
 using Strides = std::array<int64_t, 4>;
+
+/// cross_entropy works on this many logits of a row at a time.
+constexpr int64_t cross_entropy_block = 2048;
+/// Floats of scratch that cross_entropy_forward needs for each thread: a row, and a number for each of its blocks.
+constexpr int64_t cross_entropy_room(int64_t V) { return (V + V / cross_entropy_block + 1 + 15) / 16 * 16; }
+
 }  // namespace fastlm
 
 namespace fastlm::FASTLM_ISA {
@@ -118,25 +124,52 @@ void adam_step(DType dtype, DType grad_dtype, const int64_t* table, const int64_
                double beta1, double beta2, double eps, double weight_decay, bool decoupled, double grad_scale,
                bool stochastic, int threads);
 
+// --- cross_entropy --------------------------------------------------------------------------------------------------
+// M rows of V logits, last dimension contiguous; *_stride is the distance between rows in elements. The formula stands
+// in fastlm/ops/cross_entropy.py. target: [M]; weight: [V] or null; softcap 0 means none.
+
+/// Checks the labels before anything is written. *wrong_row: the first row whose label is neither ignore_index nor in
+/// [0, V), or -1. *total: the sum of weight[target] (1 without weights) over the rows that count.
+void cross_entropy_labels(const int64_t* target, const float* weight, int64_t ignore_index, double* total,
+                          int64_t* wrong_row, int64_t M, int64_t V, int threads);
+
+/// loss: [M], *loss_sum += their sum, stats: [3, M] (rows stats_stride apart): largest z, log of the sum of
+/// exp(z - largest), 1 - softmax(z)[target]. dlogits: scale * gradient of each row's loss, or null; may be the logits
+/// themselves. scratch: threads * cross_entropy_room(V) floats. The labels must have been checked.
+void cross_entropy_forward(DType dtype, const void* logits, int64_t stride, const int64_t* target, const float* weight,
+                           int64_t ignore_index, float label_smoothing, float z_loss, float softcap, double scale,
+                           float* loss, double* loss_sum, float* stats, int64_t stats_stride, void* dlogits,
+                           int64_t dlogits_stride, float* scratch, int64_t M, int64_t V, int threads);
+
+/// dlogits = scale * dy[row] * gradient of the row's loss; may be the logits themselves. dy: float32, dy_stride may be
+/// 0. stats as the forward left them.
+void cross_entropy_backward(DType dtype, const void* logits, int64_t stride, const int64_t* target, const float* weight,
+                            int64_t ignore_index, float label_smoothing, float z_loss, float softcap,
+                            const float* stats, int64_t stats_stride, const float* dy, int64_t dy_stride, double scale,
+                            void* dlogits, int64_t dlogits_stride, int64_t M, int64_t V, int threads);
+
 }  // namespace fastlm::FASTLM_ISA
 
 namespace fastlm {
 
 // X(name, highest instruction set it has a variant for)
-#define FASTLM_KERNELS(X)        \
-  X(adam_norm, avx512)           \
-  X(adam_step, avx512)           \
-  X(layer_norm_forward, avx512)  \
-  X(layer_norm_backward, avx512) \
-  X(rms_norm_forward, avx512)    \
-  X(rms_norm_backward, avx512)   \
-  X(gelu_forward, avx512)        \
-  X(gelu_backward, avx512)       \
-  X(glu_forward, avx512)         \
-  X(glu_backward, avx512)        \
-  X(rope, avx512)                \
-  X(attention_forward, amx)      \
-  X(attention_backward, amx)
+#define FASTLM_KERNELS(X)          \
+  X(adam_norm, avx512)             \
+  X(adam_step, avx512)             \
+  X(layer_norm_forward, avx512)    \
+  X(layer_norm_backward, avx512)   \
+  X(rms_norm_forward, avx512)      \
+  X(rms_norm_backward, avx512)     \
+  X(gelu_forward, avx512)          \
+  X(gelu_backward, avx512)         \
+  X(glu_forward, avx512)           \
+  X(glu_backward, avx512)          \
+  X(rope, avx512)                  \
+  X(attention_forward, amx)        \
+  X(attention_backward, amx)       \
+  X(cross_entropy_labels, avx512)  \
+  X(cross_entropy_forward, avx512) \
+  X(cross_entropy_backward, avx512)
 
 /// One pointer per entry point: the kernels of one instruction set.
 struct Kernels {

@@ -158,6 +158,26 @@ inline void stream(float* p, Vec x) {
   store(p, x);
 #endif
 }
+/// The same for 2 W bfloat16 or float16.
+template <class T>
+inline void stream(T* p, Vec a, Vec b) {
+  T lanes[2 * W];
+  store(lanes, a);
+  store(lanes + W, b);
+#if defined(__AVX512F__)
+  _mm512_stream_si512(reinterpret_cast<__m512i*>(p), _mm512_loadu_si512(lanes));
+#elif defined(__AVX2__)
+  _mm256_stream_si256(reinterpret_cast<__m256i*>(p), _mm256_loadu_si256(reinterpret_cast<const __m256i*>(lanes)));
+#else
+  std::memcpy(p, lanes, sizeof lanes);
+#endif
+}
+/// After the last stream(): its stores become visible before what follows.
+inline void stream_fence() {
+#if defined(__AVX2__)
+  _mm_sfence();
+#endif
+}
 inline bool stream_ok(const float* p) { return reinterpret_cast<uintptr_t>(p) % sizeof(Vec) == 0; }
 
 // --- arithmetic -----------------------------------------------------------------------------------------------------

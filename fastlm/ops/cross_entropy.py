@@ -7,12 +7,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastlm._dispatch import Backend, Op
+from fastlm import native
+from fastlm._dispatch import LOW_PRECISION, Backend, Op
 from fastlm.ops._check import check_device, check_floating
 from fastlm.ops._library import define, no_double_backward
 
 OP = Op(
     "cross_entropy",
+    Backend("cpu", "fastlm.native.cross_entropy", frozenset({"cpu"}), LOW_PRECISION, missing=native.missing),
     Backend("reference", "fastlm.reference.cross_entropy"),
 )
 

@@ -7,13 +7,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastlm._dispatch import Backend, Op
+from fastlm import native
+from fastlm._dispatch import LOW_PRECISION, Backend, Op
 from fastlm.ops._check import check_device, check_floating
 from fastlm.ops._library import define, no_double_backward
 from fastlm.ops.cross_entropy import check_class_weight, check_options, check_target
 
 OP = Op(
     "linear_cross_entropy",
+    Backend("cpu", "fastlm.native.linear_cross_entropy", frozenset({"cpu"}), LOW_PRECISION, missing=native.missing),
     Backend("reference", "fastlm.reference.linear_cross_entropy"),
 )
 

@@ -1,0 +1,147 @@
+"""forward() and backward() of cross_entropy over the C++ extension."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from fastlm.native import DTYPES, address, empty, extension, float32, rows, threads
+
+F32, F64, I64 = torch.float32, torch.float64, torch.int64
+
+
+def check_labels(target: Tensor, weight: Tensor | None, ignore_index: int, V: int) -> float:
+    """The sum of the rows' weights, weight (V,) being float32 or None.
+
+    Raises IndexError naming the first label out of range, before any kernel has written anything.
+    """
+    total, wrong = empty((1,), F64), empty((1,), I64)
+    extension().cross_entropy_labels(
+        address("target", target, I64), address("weight", weight, F32), ignore_index,
+        address("total", total, F64), address("wrong row", wrong, I64), target.numel(), V, threads(),
+    )  # fmt: skip
+    row = int(wrong)
+    if row >= 0:
+        raise IndexError(f"Target {int(target[row])} is out of bounds.")
+    return float(total)
+
+
+def reciprocal(total: float, reduction: str) -> float:
+    """What a row's loss is multiplied by; infinite where a mean has nothing to average."""
+    return 1.0 if reduction != "mean" else 1.0 / total if total else float("inf")
+
+
+def reduced(loss: Tensor, loss_sum: Tensor, total: float, reduction: str) -> Tensor:
+    if reduction == "none":
+        return loss
+    return (loss_sum / total if reduction == "mean" else loss_sum).to(F32).reshape(())
+
+
+def forward_rows(
+    logits: Tensor,
+    target: Tensor,
+    weight: Tensor | None,
+    ignore_index: int,
+    label_smoothing: float,
+    z_loss: float,
+    softcap: float | None,
+    scale: float,
+    loss: Tensor,
+    loss_sum: Tensor,
+    stats: Tensor,
+    dlogits: Tensor | None,
+    scratch: Tensor,
+) -> None:
+    """The kernel on rows whose labels were checked: fills loss (M,), stats (3, M) and dlogits, adds to loss_sum."""
+    dtype, (m, v) = logits.dtype, logits.shape
+    extension().cross_entropy_forward(
+        DTYPES[dtype], address("logits", logits, dtype, contiguous=False), logits.stride(0),
+        address("target", target, I64), address("weight", weight, F32), ignore_index, label_smoothing, z_loss,
+        softcap or 0.0, scale, address("loss", loss, F32), address("loss_sum", loss_sum, F64),
+        address("stats", stats, F32, contiguous=False), stats.stride(0),
+        address("dlogits", dlogits, dtype, contiguous=False), 0 if dlogits is None else dlogits.stride(0),
+        address("scratch", scratch, F32), m, v, threads(),
+    )  # fmt: skip
+
+
+def backward_rows(
+    dy: Tensor,
+    logits: Tensor,
+    target: Tensor,
+    weight: Tensor | None,
+    ignore_index: int,
+    label_smoothing: float,
+    z_loss: float,
+    softcap: float | None,
+    scale: float,
+    stats: Tensor,
+    dlogits: Tensor,
+) -> None:
+    """The kernel on rows whose labels were checked; dy is float32, () or (M,) of any stride."""
+    dtype, (m, v) = logits.dtype, logits.shape
+    extension().cross_entropy_backward(
+        DTYPES[dtype], address("logits", logits, dtype, contiguous=False), logits.stride(0),
+        address("target", target, I64), address("weight", weight, F32), ignore_index, label_smoothing, z_loss,
+        softcap or 0.0, address("stats", stats, F32, contiguous=False), stats.stride(0),
+        address("dy", dy, F32, contiguous=False), dy.stride(0) if dy.dim() else 0, scale,
+        address("dlogits", dlogits, dtype, contiguous=False), dlogits.stride(0), m, v, threads(),
+    )  # fmt: skip
+
+
+def room(V: int) -> Tensor:
+    """The forward kernel's scratch."""
+    return empty((threads() * extension().cross_entropy_room(V),), F32)
+
+
+def forward(
+    logits: Tensor,
+    target: Tensor,
+    weight: Tensor | None,
+    ignore_index: int,
+    reduction: str,
+    label_smoothing: float,
+    z_loss: float,
+    softcap: float | None,
+    needs_grad: bool,
+    out: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    m, v = logits.shape
+    x, target, w = rows(logits), target.contiguous(), float32(weight)
+    total = check_labels(target, w, ignore_index, v)
+    loss, loss_sum, stats = empty((m,), F32), torch.zeros(1, dtype=F64), empty((3, m), F32)
+    dlogits = None if not needs_grad else empty((m, v), logits.dtype) if out is None else x
+    forward_rows(
+        x, target, w, ignore_index, label_smoothing, z_loss, softcap, reciprocal(total, reduction),
+        loss, loss_sum, stats, dlogits, room(v),
+    )  # fmt: skip
+    if out is not None and x.data_ptr() != out.data_ptr():  # rows() made a copy
+        out.copy_(x)
+    made = empty((0,), logits.dtype) if dlogits is None or out is not None else dlogits
+    return reduced(loss, loss_sum, total, reduction), stats, made
+
+
+def backward(
+    dy: Tensor,
+    logits: Tensor,
+    target: Tensor,
+    weight: Tensor | None,
+    ignore_index: int,
+    reduction: str,
+    label_smoothing: float,
+    z_loss: float,
+    softcap: float | None,
+    stats: Tensor,
+    out: Tensor | None,
+) -> Tensor:
+    x, target, w = rows(logits), target.contiguous(), float32(weight)
+    total = check_labels(target, w, ignore_index, logits.shape[1])
+    dlogits = empty(logits.shape, logits.dtype) if out is None else x
+    backward_rows(
+        dy.to(F32), x, target, w, ignore_index, label_smoothing, z_loss, softcap, reciprocal(total, reduction),
+        stats, dlogits,
+    )  # fmt: skip
+    if out is None:
+        return dlogits
+    if x.data_ptr() != out.data_ptr():
+        out.copy_(x)
+    return empty((0,), logits.dtype)
