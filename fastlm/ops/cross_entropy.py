@@ -248,6 +248,6 @@ def cross_entropy(
     options = (ignore_index, reduction, float(label_smoothing), float(z_loss), softcap)
     if not torch.is_grad_enabled():
         return _forward(logits, target, weight, *options, False, None, name)[0]
-    if overwrite_logits:
+    if overwrite_logits and not torch.compiler.is_compiling():
         _check_overwrite(logits)
     return _CrossEntropy.apply(logits, target, weight, *options, overwrite_logits, name)
