@@ -103,7 +103,7 @@ def forward(
     z_loss: float,
     softcap: float | None,
     needs_grad: bool,
-    out: Tensor | None,
+    out: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     m, v = logits.shape
     x, target, w = rows(logits), target.contiguous(), float32(weight)
@@ -131,7 +131,7 @@ def backward(
     z_loss: float,
     softcap: float | None,
     stats: Tensor,
-    out: Tensor | None,
+    out: Tensor | None = None,
 ) -> Tensor:
     x, target, w = rows(logits), target.contiguous(), float32(weight)
     total = check_labels(target, w, ignore_index, logits.shape[1])

@@ -10,7 +10,7 @@ from torch import Tensor
 from fastlm import native
 from fastlm._dispatch import LOW_PRECISION, Backend, Op
 from fastlm.ops._check import check_device, check_floating
-from fastlm.ops._library import define, no_double_backward
+from fastlm.ops._library import define, no_double_backward, nothing_listens
 
 OP = Op(
     "cross_entropy",
@@ -31,11 +31,10 @@ def _fake_forward(
     z_loss: float,
     softcap: float | None,
     needs_grad: bool,
-    out: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     stat = torch.float64 if logits.dtype is torch.float64 else torch.float32
     loss = logits.new_empty(target.shape if reduction == "none" else (), dtype=stat)
-    dlogits = logits.new_empty(logits.shape if needs_grad and out is None else (0,))
+    dlogits = logits.new_empty(logits.shape if needs_grad else (0,))
     return loss, logits.new_empty((3, *target.shape), dtype=stat), dlogits
 
 
@@ -50,23 +49,21 @@ def _fake_backward(
     z_loss: float,
     softcap: float | None,
     stats: Tensor,
-    out: Tensor | None,
 ) -> Tensor:
-    return logits.new_empty(logits.shape if out is None else (0,))
+    return logits.new_empty(logits.shape)
 
 
 _OPTIONS = "Tensor? weight, int ignore_index, str reduction, float label_smoothing, float z_loss, float? softcap"
 _forward = define(
     OP,
     "forward",
-    f"(Tensor logits, Tensor target, {_OPTIONS}, bool needs_grad, Tensor(a!)? out, str backend)"
-    " -> (Tensor, Tensor, Tensor)",
+    f"(Tensor logits, Tensor target, {_OPTIONS}, bool needs_grad, str backend) -> (Tensor, Tensor, Tensor)",
     _fake_forward,
 )
 _backward = define(
     OP,
     "backward",
-    f"(Tensor dy, Tensor logits, Tensor target, {_OPTIONS}, Tensor stats, Tensor(a!)? out, str backend) -> Tensor",
+    f"(Tensor dy, Tensor logits, Tensor target, {_OPTIONS}, Tensor stats, str backend) -> Tensor",
     _fake_backward,
 )
 
@@ -94,21 +91,22 @@ class _CrossEntropy(torch.autograd.Function):
         backend: str,
     ) -> Tensor:
         options = (ignore_index, reduction, label_smoothing, z_loss, softcap)
-        compiling = torch.compiler.is_compiling()
-        overwrite = overwrite and not compiling and ctx.needs_input_grad[0]
-        one_pass = (
-            ctx.needs_input_grad[0] and reduction != "none" and logits.dtype is not torch.float16 and not compiling
-        )
-        out = logits if overwrite and one_pass else None
-        loss, stats, dlogits = _forward(logits, target, weight, *options, one_pass, out, backend)
-        ctx.options, ctx.backend, ctx.overwrite, ctx.spent = options, backend, overwrite, False
-        ctx.gradient = logits.detach() if out is not None else dlogits if one_pass else None
-        if overwrite:
+        compiling, wanted = torch.compiler.is_compiling(), ctx.needs_input_grad[0]
+        one_pass = wanted and reduction != "none" and logits.dtype is not torch.float16 and not compiling
+        ctx.options, ctx.backend, ctx.spent, ctx.gradient = options, backend, False, None
+        ctx.overwrite = overwrite and wanted and not compiling and nothing_listens()
+        if ctx.overwrite:  # a library op that writes to its arguments would be slower for everyone
+            loss, stats, _ = OP.module(backend).forward(
+                logits, target, weight, *options, one_pass, logits if one_pass else None
+            )
             ctx.logits = logits.detach()
             ctx.save_for_backward(target, weight, stats)
             if one_pass:
+                ctx.gradient = ctx.logits
                 torch.autograd.graph.increment_version(logits)  # whoever saved the logits must not trust them now
         else:
+            loss, stats, dlogits = _forward(logits, target, weight, *options, one_pass, backend)
+            ctx.gradient = dlogits if one_pass else None
             ctx.save_for_backward(target, weight, stats, logits)
         return loss
 
@@ -133,11 +131,11 @@ class _CrossEntropy(torch.autograd.Function):
                 return dlogits, *nothing
         if ctx.overwrite:
             (target, weight, stats), logits = ctx.saved_tensors, ctx.logits
-            _backward(dy, logits, target, weight, *ctx.options, stats, logits, ctx.backend)
+            OP.module(ctx.backend).backward(dy, logits, target, weight, *ctx.options, stats, logits)
             torch.autograd.graph.increment_version(logits)
             return logits, *nothing
         target, weight, stats, logits = ctx.saved_tensors
-        return _backward(dy, logits, target, weight, *ctx.options, stats, None, ctx.backend), *nothing
+        return _backward(dy, logits, target, weight, *ctx.options, stats, ctx.backend), *nothing
 
 
 def check_options(reduction: str, label_smoothing: float, z_loss: float, softcap: float | None) -> None:
@@ -247,7 +245,7 @@ def cross_entropy(
     name = OP.select(logits, backend)
     options = (ignore_index, reduction, float(label_smoothing), float(z_loss), softcap)
     if not torch.is_grad_enabled():
-        return _forward(logits, target, weight, *options, False, None, name)[0]
+        return _forward(logits, target, weight, *options, False, name)[0]
     if overwrite_logits and not torch.compiler.is_compiling():
         _check_overwrite(logits)
     return _CrossEntropy.apply(logits, target, weight, *options, overwrite_logits, name)

@@ -36,7 +36,7 @@ def forward(
     z_loss: float,
     softcap: float | None,
     needs_grad: bool,
-    out: Tensor | None,
+    out: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     f = wide(logits)
     z = capped(f, softcap)
@@ -76,7 +76,7 @@ def backward(
     z_loss: float,
     softcap: float | None,
     stats: Tensor,
-    out: Tensor | None,
+    out: Tensor | None = None,
 ) -> Tensor:
     f = wide(logits)
     z = capped(f, softcap)

@@ -378,9 +378,9 @@ def test_opcheck(backend: str) -> None:
         for reduction in ("none", "mean"):
             options = (torch.rand(12), -100, reduction, 0.1, 1e-3, None)
             for needs in (False, True):
-                torch.library.opcheck(library.cross_entropy_forward, (logits, target, *options, needs, None, name))
-            loss, stats, _ = library.cross_entropy_forward(logits, target, *options, False, None, name)
-            torch.library.opcheck(library.cross_entropy_backward, (loss, logits, target, *options, stats, None, name))
+                torch.library.opcheck(library.cross_entropy_forward, (logits, target, *options, needs, name))
+            loss, stats, _ = library.cross_entropy_forward(logits, target, *options, False, name)
+            torch.library.opcheck(library.cross_entropy_backward, (loss, logits, target, *options, stats, name))
 
 
 def test_gradcheck() -> None:
