@@ -57,8 +57,7 @@ void rms_norm_backward(DType dtype, const void* dy, int64_t dy_stride, const voi
                        const float* weight, float offset, const float* rstd, const void* dh, void* dx, float* dweight,
                        float* scratch, int64_t M, int64_t N, int threads);
 
-// --- gelu, glu, rope
-// --------------------------------------------------------------------------------------------------
+// --- gelu, glu, rope -------------------------------------------------------------------------------------------------
 
 /// y = act(x) for n contiguous elements of `dtype`.
 void gelu_forward(DType dtype, Activation activation, const void* x, void* y, int64_t n, int threads);

@@ -5,6 +5,7 @@ Importing it needs torch and numpy alone; `fastlm.train` and the command line im
 
 from fastlm import ops
 from fastlm._dispatch import UnsupportedError, use_backend
+from fastlm._malloc import tune_malloc
 from fastlm._version import __version__
 
-__all__ = ["UnsupportedError", "__version__", "ops", "use_backend"]
+__all__ = ["UnsupportedError", "__version__", "ops", "tune_malloc", "use_backend"]

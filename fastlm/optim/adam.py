@@ -59,7 +59,7 @@ class _Fused(torch.optim.Adam):
         self._update()
         return loss
 
-    @torch.compiler.disable
+    @torch._disable_dynamo  # as torch.optim does; torch.compiler.disable would import dynamo with this module
     def _update(self) -> None:
         calls = self._collect()
         scale: Tensor | None = getattr(self, "grad_scale", None)
