@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import shutil
 
 import pytest
 import torch
@@ -266,6 +267,11 @@ def compiled_equals_eager(style: str, backend: str) -> None:
 @pytest.mark.parametrize("style", STYLES)
 def test_block_compiles_into_one_graph(style: str) -> None:
     compiled_equals_eager(style, "aot_eager")
+
+
+@pytest.mark.skipif(shutil.which("g++") is None, reason="inductor needs a C++ compiler")
+def test_block_compiles_with_inductor() -> None:
+    compiled_equals_eager("llama", "inductor")
 
 
 def test_block_compiles_with_autocast() -> None:
