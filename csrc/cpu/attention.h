@@ -129,7 +129,7 @@ inline Vec mask_value(const bool* p, int64_t n) {
 /// What is added to the logits of one tile: nothing, one value per key (a mask that all queries share), or one per key
 /// and query, transposed as the logits are. -inf removes the key.
 struct MaskTile {
-  float* tile;  // [BK][BQ]
+  float* tile;  // [BK][BQ]; written for the queries rounded up to 32
   bool used = false, per_key = false, empty = false;
 
   template <class M>
@@ -153,12 +153,12 @@ struct MaskTile {
       }
     } else {
       per_key = false;
-      for (int64_t i = 0; i < queries; i += W)
+      for (int64_t i = 0; i < min64(BQ, round_up(queries, 32)); i += W)
         for (int64_t j = 0; j < keys; j += W) {
-          const int64_t n = min64(W, keys - j), m = min64(W, queries - i);
+          const int64_t n = min64(W, keys - j);
           Vec x[W];
           for (int64_t r = 0; r < W; ++r) {  // the rows behind the last repeat it: they must not change the extremes
-            const M* row = mask + min64(i + r, i + m - 1) * s[2] + j * s[3];
+            const M* row = mask + min64(i + r, queries - 1) * s[2] + j * s[3];
             if (s[3] == 1) {
               x[r] = mask_value(row, n);
             } else {

@@ -9,18 +9,13 @@
 //              number of threads.
 //   bias       its gradient is a pass of its own, over the bias: every element is summed by one thread in order,
 //              however the bias is broadcast. Two of the five products are made again; only a learned bias pays for it.
-#include "attention.h"
+#include "attention_gradients.h"
+#ifdef __AMX_BF16__
+#include "attention_backward_amx.h"
+#endif
 
 namespace fastlm::FASTLM_ISA {
 namespace {
-
-struct Gradients {
-  const void *out, *dout;
-  Strides os, gs;
-  const float *lse, *dlse;  // dlse may be null
-  void *dq, *dk, *dv;
-  Strides dqs, dks, dvs;
-};
 
 /// Up to 64 queries of one head, in the forms the products need.
 struct QueryTile {
@@ -43,16 +38,7 @@ struct QueryTile {
     finite &= pack(at<T>(grad.dout, grad.gs, b, h, i), grad.gs[2], rows, p.Dv, g, Dvp);
     transpose_tile(q, Dp, rows, p.D, qt);
     transpose_tile(g, Dvp, rows, p.Dv, gt);
-    const int64_t first = (b * p.H + h) * p.S + i;
-    for (int64_t r = 0; r < BQ; ++r) {
-      lse[r] = INF, delta[r] = 0.f;
-      if (r >= rows || grad.lse[first + r] == -INF) continue;
-      lse[r] = grad.lse[first + r];
-      const T* const o = at<T>(grad.out, grad.os, b, h, i + r);
-      Vec total{};
-      for_vectors(p.Dv, [&](int64_t d, auto n) { total += load(o + d, n) * load(g + r * Dvp + d, n); });
-      delta[r] = sum(total) - (grad.dlse ? grad.dlse[first + r] : 0.f);
-    }
+    read_statistics<T>(p, grad, b, h, i, rows, lse, delta);
   }
 };
 
@@ -89,7 +75,7 @@ template <class T>
 void backward_item(const Problem& p, const Gradients& grad, int64_t b, int64_t hk, int64_t first, int64_t last,
                    float* dk, float* dv, float* scratch) {
   Arena arena(scratch);
-  const int64_t Dp = round_up(p.D, W), Dvp = round_up(p.Dv, W), tiles = ceil_div(p.S, BQ);
+  const int64_t Dp = round_up(p.D, 32), Dvp = round_up(p.Dv, 32), tiles = ceil_div(p.S, BQ);
   float* const x = arena.take(BK * BQ);
   float* const dx = arena.take(BK * BQ);
   float* const dq = arena.take(BQ * Dp);
@@ -138,9 +124,10 @@ void backward_item(const Problem& p, const Gradients& grad, int64_t b, int64_t h
 
 template <class T>
 void backward(const Problem& p, const Gradients& grad, float* scratch, int threads) {
-  const int64_t Dp = round_up(p.D, W), Dvp = round_up(p.Dv, W), heads = p.B * p.Hk;
+  const int64_t Dp = round_up(p.D, 32), Dvp = round_up(p.Dv, 32), heads = p.B * p.Hk;
+  const int64_t Tp = round_up(p.T, BK);  // whole tiles: the products round up
   const int64_t splits = attention_splits(p.B, p.H, p.Hk, p.S), tiles = p.group() * ceil_div(p.S, BQ);
-  const int64_t share = attention_backward_scratch(p.T, p.D, p.Dv), partial = p.T * (Dp + Dvp);
+  const int64_t share = attention_backward_scratch(p.T, p.D, p.Dv), partial = Tp * (Dp + Dvp);
   float* const partials = scratch + threads * share;
   const double work = 5. * heads * p.group() * p.S * p.T * (p.D + p.Dv);
   const int team = work < 2e6 ? 1 : threads;
@@ -148,9 +135,15 @@ void backward(const Problem& p, const Gradients& grad, float* scratch, int threa
     const int64_t head = item / splits, split = item % splits, b = head / p.Hk, hk = head % p.Hk;
     float* const own = scratch + thread * share;
     Arena arena(own);
-    float* const dk = splits > 1 ? partials + item * partial : arena.take(p.T * Dp);
-    float* const dv = splits > 1 ? dk + p.T * Dp : arena.take(p.T * Dvp);
-    backward_item<T>(p, grad, b, hk, tiles * split / splits, tiles * (split + 1) / splits, dk, dv, arena.next);
+    float* const dk = splits > 1 ? partials + item * partial : arena.take(Tp * Dp);
+    float* const dv = splits > 1 ? dk + Tp * Dp : arena.take(Tp * Dvp);
+    const int64_t first = tiles * split / splits, last = tiles * (split + 1) / splits;
+    bool done = false;
+#ifdef __AMX_BF16__
+    if constexpr (std::is_same_v<T, bfloat16>)
+      done = backward_item_amx(p, grad, b, hk, first, last, dk, dv, arena.next);
+#endif
+    if (!done) backward_item<T>(p, grad, b, hk, first, last, dk, dv, arena.next);
     if (splits > 1) return;
     write_rows<T>(dk, Dp, p.T, p.D, grad.dk, grad.dks, b, hk, 0);
     write_rows<T>(dv, Dvp, p.T, p.Dv, grad.dv, grad.dvs, b, hk, 0);
@@ -165,11 +158,11 @@ void backward(const Problem& p, const Gradients& grad, float* scratch, int threa
           store(total + c, load(total + c) + load(total + split * partial + c));
       };
       add(j0 * Dp, keys * Dp);
-      add(p.T * Dp + j0 * Dvp, keys * Dvp);
+      add(Tp * Dp + j0 * Dvp, keys * Dvp);
     }
     const int64_t b = head / p.Hk, hk = head % p.Hk;
     write_rows<T>(total + j0 * Dp, Dp, keys, p.D, grad.dk, grad.dks, b, hk, j0);
-    write_rows<T>(total + p.T * Dp + j0 * Dvp, Dvp, keys, p.Dv, grad.dv, grad.dvs, b, hk, j0);
+    write_rows<T>(total + Tp * Dp + j0 * Dvp, Dvp, keys, p.Dv, grad.dv, grad.dvs, b, hk, j0);
   });
 }
 
