@@ -18,6 +18,7 @@ from typing import Any
 import torch
 
 import fastlm
+from fastlm import _malloc as glibc
 from fastlm import native
 from fastlm._dispatch import Op, Request
 
@@ -77,8 +78,12 @@ def _cpu_model() -> str:
 
 
 def _malloc() -> str:
-    state = getattr(fastlm, "malloc_state", None)
-    return str(state()) if state is not None else "the system's"
+    reason = glibc.missing()
+    tunables = os.environ.get("GLIBC_TUNABLES")
+    state = (
+        f"cannot be tuned: {reason}" if reason else "glibc's; the trainer tunes it, elsewhere fastlm.tune_malloc() does"
+    )
+    return f"{state} (GLIBC_TUNABLES={tunables})" if tunables else state
 
 
 def _op(op: Op) -> dict[str, Any]:

@@ -1,0 +1,443 @@
+"""The loop: forward, backward, update, evaluate, save; stopped by a count, a clock or a signal, resumed exactly."""
+
+from __future__ import annotations
+
+import math
+import signal
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+import fastlm
+from fastlm.data import IGNORE, Dataset, RandomWindows, SequentialWindows
+from fastlm.metrics import bits_per_byte, perplexity
+from fastlm.models import CausalLM
+from fastlm.optim import AdamW
+from fastlm.train import randomness
+from fastlm.train.checkpoint import read_checkpoint, read_state, save_checkpoint
+from fastlm.train.config import TrainConfig
+from fastlm.train.log import RunLog
+from fastlm.train.report import Progress, Reporter
+from fastlm.train.schedule import learning_rate
+
+Stopped = Literal["finished", "interrupted", "terminated"]
+
+
+class _StopAskedError(Exception):
+    """A signal came during an evaluation."""
+
+
+class NonFiniteLossError(ArithmeticError):
+    """The loss or the gradient is infinite or not a number; nothing was saved since."""
+
+
+@dataclass(frozen=True)
+class Result:
+    """How a run ended.
+
+    Attributes:
+        stopped: "finished", "interrupted" (Ctrl-C) or "terminated" (SIGTERM).
+        steps, seconds: in all, earlier parts of a resumed run included.
+        validation_loss: over the whole validation text, nats per token; NaN unless finished.
+        perplexity, bits_per_byte: of the same.
+        checkpoint: folder to resume from.
+    """
+
+    stopped: Stopped
+    steps: int
+    seconds: float
+    validation_loss: float
+    perplexity: float
+    bits_per_byte: float
+    checkpoint: Path
+
+
+class Trainer:
+    """Trains a model on a dataset.
+
+    >>> trainer = Trainer(CausalLM(recipe.model.config(data.tokenizer.vocab_size)), data, recipe.train)
+    >>> result = trainer.fit()
+
+    A run is a function of its seed: the same config gives the same weights bit for bit on the same machine in fp32,
+    also when it was killed and resumed from last/, unless the clock (config.minutes) takes part in it.
+
+    Args:
+        model: moved to the device of the config.
+        data: its tokenizer's vocabulary must be the model's.
+        config: see TrainConfig.
+        reporter: is told of the progress; by default nothing is printed.
+
+    Raises:
+        ValueError: model and data do not fit together, or the text is shorter than the context.
+    """
+
+    def __init__(self, model: CausalLM, data: Dataset, config: TrainConfig, reporter: Reporter | None = None) -> None:
+        vocab = data.tokenizer.vocab_size
+        if model.config.vocab_size != vocab:
+            raise ValueError(f"model has vocab_size {model.config.vocab_size}, its data in {data.folder} has {vocab}")
+        context = model.config.context
+        self.device = pick_device(config.device)
+        self.batches = RandomWindows(data.train.tokens, context, config.batch, config.seed)
+        # Evaluation has no optimizer state and no graph to hold, so small batches would only waste time.
+        size = max(config.batch, 4096 // context)
+        self.validation = SequentialWindows(data.validation.tokens, context, size)
+        if config.malloc:
+            fastlm.tune_malloc()
+        if config.threads:
+            torch.set_num_threads(config.threads)
+        self.config, self.data, self.reporter = config, data, reporter or Reporter()
+        self.model = model.to(self.device)
+        self.optimizer = make_optimizer(self.model, config)
+        self._autocast = torch.autocast(self.device.type, torch.bfloat16, enabled=is_bf16(config, self.device))
+        self.step = 0
+        self.best = math.inf
+        self.seconds = 0.0
+        self._started: float | None = None
+        self._speed = 0.0
+        self._asked: Stopped | None = None
+        self._unchecked: list[tuple[int, float, Tensor]] = []
+
+    # -- resuming ----------------------------------------------------------------------------------------------------
+
+    def resume(self, folder: str | Path | None = None) -> None:
+        """Continue from a checkpoint: weights, optimizer, step, position in the data, every generator.
+
+        Everything is read and compared before anything is changed.
+
+        Args:
+            folder: a checkpoint; None for last/ of config.out.
+
+        Raises:
+            FileNotFoundError: there is none.
+            ValueError: it is damaged, or belongs to another model, tokenizer or text.
+        """
+        folder = self.config.out / "last" if folder is None else Path(folder)
+        meta = read_checkpoint(folder)
+        if "train" not in meta or "tokenizer" not in meta:
+            raise ValueError(f"{folder} was not saved by a trainer")
+        saved = CausalLM.load(folder)
+        mine, theirs = asdict(self.model.config), asdict(saved.config)
+        differing = [
+            f"{name} is {theirs[name]!r} there, {mine[name]!r} here" for name in mine if mine[name] != theirs[name]
+        ]
+        if differing:
+            raise ValueError(f"checkpoint {folder} is of another model: {'; '.join(differing)}")
+        if meta["tokenizer"] != self.data.tokenizer.fingerprint:
+            raise ValueError(
+                f"checkpoint {folder} was trained with tokenizer {meta['tokenizer']}, the data in {self.data.folder} "
+                f"has {self.data.tokenizer.fingerprint}"
+            )
+        if meta["data"] != self.data.info["sha256"]:
+            raise ValueError(
+                f"checkpoint {folder} was trained on text {meta['data'][:12]}, the data in {self.data.folder} is "
+                f"{self.data.info['sha256'][:12]}"
+            )
+        state = read_state(folder)
+        if set(state) != {"optimizer", "random"}:
+            raise ValueError(f"{folder} holds the states {sorted(state)}, not optimizer and random")
+        self.optimizer.load_state_dict(state["optimizer"])  # raises before it changes anything
+        for group in self.optimizer.param_groups:  # settings given anew count, not those of the checkpoint
+            group["betas"] = (self.config.beta1, self.config.beta2)
+            group["weight_decay"] = self.config.weight_decay if group["decays"] else 0.0
+        self.model.load_state_dict(saved.state_dict())
+        randomness.set_state(state["random"])
+        self.step, self.seconds = int(meta["step"]), float(meta["seconds"])
+        self.best = math.inf if meta["best"] is None else float(meta["best"])
+
+    def save(self, name: str) -> Path:
+        """Write the checkpoint config.out/name: "last" with everything to resume, "best" the model alone."""
+        folder = self.config.out / name
+        state = None
+        if name == "last":
+            state = {"optimizer": self.optimizer.state_dict(), "random": randomness.get_state()}
+        meta = {
+            "step": self.step,
+            "seconds": self._elapsed(),
+            "best": self.best if math.isfinite(self.best) else None,
+            "tokenizer": self.data.tokenizer.fingerprint,
+            "data": self.data.info["sha256"],
+            "fastlm": fastlm.__version__,
+            "torch": torch.__version__,
+            "train": {f.name: _plain(getattr(self.config, f.name)) for f in fields(self.config)},
+        }
+        save_checkpoint(folder, self.model, self.data.tokenizer, meta, state)
+        return folder
+
+    # -- the loop ----------------------------------------------------------------------------------------------------
+
+    def fit(self) -> Result:
+        """Train until steps or minutes are over, or a signal asks to stop; save last/ in every case.
+
+        In the main thread, the first Ctrl-C or a SIGTERM ends the run after the step in progress, the second Ctrl-C
+        at once.
+
+        Raises:
+            NonFiniteLossError: the message names the step; the checkpoints are those from before.
+            OSError: a checkpoint could not be written; the one before is whole.
+        """
+        c = self.config
+        if self.step == 0:
+            randomness.seed_everything(c.seed)
+        log = RunLog(c.out, self.step, c.tensorboard)
+        self._started = time.perf_counter()
+        loss = math.nan
+        try:
+            with self._signals():
+                self.reporter.start(self.progress())
+                with suppress(_StopAskedError):
+                    if self.step == 0 and c.eval_every and not self._done():
+                        self._evaluate(log)
+                    while not self._done() and self._asked is None:
+                        self._advance(log)
+                self._check_finite()
+                saved = self.save("last")
+                if self._asked is None:
+                    with suppress(_StopAskedError):
+                        loss = self._finish(log)
+                stopped = self._asked or "finished"
+        finally:
+            self.seconds, self._started = self._elapsed(), None
+            self._asked = None
+            self.reporter.stop()
+            log.close()
+        bpb = bits_per_byte(loss * self.validation.targets, self.data.validation_bytes)
+        return Result(stopped, self.step, self.seconds, loss, perplexity(loss), bpb, saved)
+
+    def _finish(self, log: RunLog) -> float:
+        """The loss over the whole validation text, and best/ brought up to date."""
+        c = self.config
+        loss, _ = self.evaluate()
+        before = self.best
+        if c.eval_batches == 0 or not (c.out / "best").exists():
+            self._keep_best(loss)
+        else:  # earlier evaluations were over fewer batches, so compare like with like
+            self._keep_best(self.evaluate(c.eval_batches)[0])
+        if self.best != before:  # a run that is resumed to go further must know what to beat
+            self.save("last")
+        log.write(self.step, validation_loss=loss)
+        self.reporter.evaluation(self.step, loss)
+        return loss
+
+    def _done(self) -> bool:
+        return self.fraction() >= 1
+
+    def fraction(self) -> float:
+        """How much of the run is over, 0 to 1, by whichever of steps and minutes is nearer its end."""
+        c = self.config
+        by_steps = self.step / c.steps if c.steps else (0.0 if c.steps is None else 1.0)
+        by_clock = self._elapsed() / (60 * c.minutes) if c.minutes else 0.0
+        return min(1.0, max(by_steps, by_clock))
+
+    def _total(self) -> float:
+        """Steps in all; estimated from the clock where that will end the run."""
+        c, fraction = self.config, self.fraction()
+        if c.minutes is None:
+            return float(c.steps or 0)
+        return self.step / fraction if self.step and fraction else math.inf
+
+    def rate(self) -> float:
+        """The learning rate of the coming step."""
+        c = self.config
+        return learning_rate(
+            self.step, self._total(), peak=c.lr, floor=c.min_lr, warmup=c.warmup, schedule=c.schedule, decay=c.decay
+        )
+
+    def _advance(self, log: RunLog) -> None:
+        """One optimizer step, and what is due after it."""
+        c, started = self.config, time.perf_counter()
+        rate = self.rate()
+        for group in self.optimizer.param_groups:
+            group["lr"] = rate
+        loss, tokens = self._accumulate()
+        self.optimizer.step()
+        norm = self.optimizer.grad_norm
+        self.optimizer.zero_grad(set_to_none=True)
+        self.step += 1
+        both = torch.stack([loss, norm.to(loss)]) if norm is not None else loss.reshape(1)
+        self._unchecked.append((self.step, rate, both))
+        logged = self.step % c.log_every == 0 or self.step == 1
+        if self.device.type == "cpu" or logged:  # elsewhere every look waits for the device
+            values = self._check_finite()
+            seconds = time.perf_counter() - started
+            speed = tokens / max(seconds, 1e-9)
+            self._speed = speed if not self._speed else 0.9 * self._speed + 0.1 * speed
+            grad = values[1] if len(values) > 1 else math.nan
+            progress = self.progress(loss=values[0], grad_norm=grad, lr=rate)
+            self.reporter.step(progress)
+            if logged:
+                more = {} if math.isnan(grad) else {"train_grad_norm": grad}
+                log.write(self.step, train_loss=values[0], train_lr=rate, train_tokens_per_s=self._speed, **more)
+        if c.eval_every and self.step % c.eval_every == 0 and not self._done():
+            self._evaluate(log)
+        if c.save_every and self.step % c.save_every == 0 and not self._done():
+            self._check_finite()
+            self.save("last")
+
+    def _accumulate(self) -> tuple[Tensor, int]:
+        """Gradients of the mean loss over all targets of the step, however they are spread over its passes."""
+        c = self.config
+        first = self.step * c.accumulate
+        passes = [self.batches[first + i] for i in range(c.accumulate)]
+        targets = sum(int((y != IGNORE).sum()) for _, y in passes)
+        total = torch.zeros((), device=self.device)
+        self.model.train()
+        for x, y in passes:
+            with self._autocast:
+                loss = self.model(self._move(x), self._move(y), reduction="sum")[0]
+            loss = loss / targets
+            loss.backward()
+            total += loss.detach()
+        return total, targets
+
+    def _move(self, batch: Tensor) -> Tensor:
+        if self.device.type == "cuda":
+            return batch.pin_memory().to(self.device, non_blocking=True)
+        return batch.to(self.device)
+
+    def _check_finite(self) -> list[float]:
+        """Loss and gradient norm of the last step, once those of every step not looked at yet are found finite."""
+        values: list[float] = []
+        for step, rate, both in self._unchecked:
+            values = both.tolist()
+            for name, value in zip(("loss", "gradient norm"), values, strict=False):
+                if not math.isfinite(value):
+                    kept = self.config.out / "last"
+                    where = f"The last good checkpoint is {kept}" if kept.exists() else "No checkpoint was saved yet"
+                    raise NonFiniteLossError(
+                        f"{name} is {value} at step {step} (learning rate {rate:.2g}). {where}. "
+                        "Try a lower lr, a longer warmup, clip 1, or fp32."
+                    )
+        self._unchecked.clear()
+        return values
+
+    # -- evaluation --------------------------------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def evaluate(self, batches: int = 0) -> tuple[float, int]:
+        """Mean loss on the validation text, nats per token, and the number of tokens it is over.
+
+        Args:
+            batches: this many, spread evenly over the text; 0 for all of it.
+        """
+        count = len(self.validation)
+        chosen = range(count) if not 0 < batches < count else [i * count // batches for i in range(batches)]
+        total, targets = torch.zeros((), dtype=torch.float64, device=self.device), 0
+        was_training = self.model.training
+        self.model.eval()
+        try:
+            for index in chosen:
+                if self._asked is not None:
+                    raise _StopAskedError
+                x, y = self.validation[index]
+                targets += int((y != IGNORE).sum())
+                with self._autocast:
+                    total += self.model(self._move(x), self._move(y), reduction="sum")[0]
+        finally:
+            self.model.train(was_training)
+        return float(total) / targets, targets
+
+    def _evaluate(self, log: RunLog) -> None:
+        self._check_finite()
+        loss, _ = self.evaluate(self.config.eval_batches)
+        log.write(self.step, validation_loss=loss)
+        self.reporter.evaluation(self.step, loss)
+        if self.step:
+            self._keep_best(loss)
+
+    def _keep_best(self, loss: float) -> None:
+        if loss < self.best:
+            self.best = loss
+            self.save("best")
+
+    # -- clock, progress, signals ------------------------------------------------------------------------------------
+
+    def _elapsed(self) -> float:
+        return self.seconds + (time.perf_counter() - self._started if self._started is not None else 0.0)
+
+    def progress(self, loss: float = math.nan, grad_norm: float = math.nan, lr: float = math.nan) -> Progress:
+        """Where the run stands."""
+        elapsed, fraction, c = self._elapsed(), self.fraction(), self.config
+        left = math.nan
+        if self._speed:
+            tokens = c.batch * c.accumulate * self.model.config.context
+            left = math.inf if c.steps is None else (c.steps - self.step) * tokens / self._speed
+            if c.minutes is not None:
+                left = min(left, max(0.0, 60 * c.minutes - elapsed))
+        return Progress(self.step, c.steps, fraction, elapsed, left, loss, self._speed, grad_norm, lr)
+
+    @contextmanager
+    def _signals(self) -> Iterator[None]:
+        if threading.current_thread() is not threading.main_thread():
+            yield
+            return
+
+        def say(text: str) -> None:
+            with suppress(RuntimeError):  # the signal came while something was being printed
+                self.reporter.message(text)
+
+        def interrupt(number: int, frame: Any) -> None:
+            if self._asked == "interrupted":
+                raise KeyboardInterrupt
+            self._asked = "interrupted"
+            say("Ctrl-C: finishing this step, then saving. Press it again to stop at once.")
+
+        def terminate(number: int, frame: Any) -> None:
+            self._asked = self._asked or "terminated"
+            say("SIGTERM: finishing this step, then saving.")
+
+        before = [(s, signal.signal(s, f)) for s, f in ((signal.SIGINT, interrupt), (signal.SIGTERM, terminate))]
+        try:
+            yield
+        finally:
+            for number, handler in before:
+                signal.signal(number, handler)
+
+
+def pick_device(name: str) -> torch.device:
+    """The device a name means; "auto" is the GPU if there is one.
+
+    Raises:
+        ValueError: no such device here.
+    """
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    allowed = "auto, cpu, cuda or cuda:N"
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        raise ValueError(f"device must be {allowed}, got {name!r}") from None
+    if device.type not in ("cpu", "cuda"):
+        raise ValueError(f"device must be {allowed}, got {name!r}")
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise ValueError(
+            f"device {name!r} is not there: PyTorch {torch.__version__} sees {torch.cuda.device_count()} GPUs"
+        )
+    return device
+
+
+def is_bf16(config: TrainConfig, device: torch.device) -> bool:
+    """Whether matrix products run in bfloat16."""
+    return config.precision == "bf16" or (config.precision == "auto" and device.type == "cuda")
+
+
+def make_optimizer(model: torch.nn.Module, config: TrainConfig) -> AdamW:
+    """AdamW that clips in its own pass. Matrices decay; biases and norms, pulled to zero, would only lose."""
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    groups = [
+        {"params": [p for p in parameters if p.dim() >= 2], "weight_decay": config.weight_decay, "decays": True},
+        {"params": [p for p in parameters if p.dim() < 2], "weight_decay": 0.0, "decays": False},
+    ]
+    betas = (config.beta1, config.beta2)
+    # An infinite limit clips nothing, but the norm is still found, to be logged and checked.
+    return AdamW([g for g in groups if g["params"]], lr=config.lr, betas=betas, max_norm=config.clip or math.inf)
+
+
+def _plain(value: Any) -> Any:
+    return str(value) if isinstance(value, Path) else value
