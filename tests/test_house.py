@@ -15,8 +15,8 @@ from fastlm._dispatch import NAMES, Op
 
 ROOT = Path(__file__).resolve().parent.parent
 FLOORS = {  # imports go down only
-    "cli": 7, "info": 7, "__main__": 7,
-    "train": 6,
+    "cli": 7, "__main__": 7,
+    "train": 6, "info": 6,
     "data": 5, "metrics": 5,
     "models": 4, "hf": 4,
     "nn": 3, "optim": 3,
