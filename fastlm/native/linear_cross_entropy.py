@@ -22,9 +22,13 @@ SLICE_ELEMENTS = 1 << 22
 """Elements of the weight's gradient at a time, where a half product goes to a float32 sum."""
 
 
-def chunks(M: int, V: int) -> Iterator[slice]:
-    """Slices of the rows, as even as multiples of 16 allow."""
-    count = max(1, -(-M // max(16, CHUNK_ELEMENTS // V)))
+def chunks(M: int, V: int, half: bool = False) -> Iterator[slice]:
+    """Slices of the rows, as even as multiples of 16 allow.
+
+    Half as many again for the half types: each chunk costs them a pass over the float32 sum, a tenth of its time.
+    """
+    elements = CHUNK_ELEMENTS * 3 // 2 if half else CHUNK_ELEMENTS
+    count = max(1, -(-M // max(16, elements // V)))
     rows = -(-M // (16 * count)) * 16
     for begin in range(0, M, max(rows, 1)):
         yield slice(begin, min(begin + rows, M))
@@ -37,8 +41,8 @@ class _Head:
         self.hidden, self.weight = hidden, weight.to(hidden.dtype)
         self.bias = None if bias is None else bias.to(hidden.dtype)
         (m, c), v = hidden.shape, weight.shape[0]
-        self.first = next(chunks(m, v), slice(0, 0))
-        self.buffer = empty((self.first.stop, v), hidden.dtype)
+        self.chunks = list(chunks(m, v, half=hidden.itemsize == 2))
+        self.buffer = empty((self.chunks[0].stop if m else 0, v), hidden.dtype)
         self.dhidden = empty((m, c) if needs[0] else (0,), hidden.dtype)
         self.dweight = empty((v, c) if needs[1] else (0,), torch.float32)
         self.dbias = empty((v,) if needs[2] else (0,), torch.float32)
@@ -106,7 +110,7 @@ def forward(
     options = (w, ignore_index, label_smoothing, z_loss, softcap, reciprocal(total, reduction))
     with torch.autocast("cpu", enabled=False):
         head, scratch = _Head(hidden, weight, bias, needs), room(v)
-        for rows in chunks(m, v):
+        for rows in head.chunks:
             logits = head.logits(rows)
             dlogits = logits if any(needs) else None
             forward_rows(
@@ -138,7 +142,7 @@ def backward(
     dy = dy.to(torch.float32).expand(m)
     with torch.autocast("cpu", enabled=False):
         head = _Head(hidden, weight, bias, needs)
-        for rows in chunks(m, v):
+        for rows in head.chunks:
             logits = head.logits(rows)
             backward_rows(
                 dy[rows], logits, target[rows], w, ignore_index, label_smoothing, z_loss, softcap, scale,

@@ -149,7 +149,7 @@ def test_never_holds_all_logits(monkeypatch: pytest.MonkeyPatch, dtype: torch.dt
     with Largest() as largest:
         loss, stats, *_ = chunked.forward(*arguments, [True, True, True])
         chunked.backward(loss, *arguments, stats, [True, True, True])
-    chunk = 64 * V * dtype.itemsize
+    chunk = (64 if dtype is torch.float32 else 96) * V * dtype.itemsize
     assert chunk <= largest.bytes <= chunk + 512, largest.bytes  # 512: the canaries
 
 
