@@ -192,10 +192,11 @@ inline int64_t norm_parts(int64_t M) { return M < 64 ? 1 : M < 1024 ? 8 : 32; }
 /// Floats of scratch that layer_norm_backward and rms_norm_backward need.
 inline int64_t norm_scratch(int64_t M, int64_t N) { return 2 * norm_parts(M) * N; }
 
-constexpr int64_t ATTENTION_TILE = 64;
+constexpr int64_t ATTENTION_TILE = 64;                   // queries and keys of a tile
+constexpr int64_t ATTENTION_CHUNK = 8 * ATTENTION_TILE;  // queries that share the packing of keys in the forward
 /// Floats of scratch per thread.
 inline int64_t attention_forward_scratch(int64_t D, int64_t Dv) {
-  return (6 * (D + Dv + 62) + 4 * ATTENTION_TILE) * ATTENTION_TILE + 1024;
+  return (ATTENTION_CHUNK / ATTENTION_TILE + 2) * (D + Dv + 66) * ATTENTION_TILE + 4 * ATTENTION_TILE * ATTENTION_TILE;
 }
 inline int64_t attention_backward_scratch(int64_t T, int64_t D, int64_t Dv) {
   const int64_t rows = T + ATTENTION_TILE;

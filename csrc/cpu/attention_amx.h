@@ -4,7 +4,7 @@
 //            [rows / 2][columns] of two bfloat16 each)
 //   paired   of rows X: interleave(X). Of columns X^T: the 32-bit transposition of X by rows, because neighbours in a
 //            row of X are the pairs of X^T.
-//   blocks   2 x 2 tiles of C: four loads for four products. On this processor loads, not products, set the pace.
+//   blocks   2 x 2 tiles of C: four loads for four products. On Sapphire Rapids loads, not products, set the pace.
 //   papers   Intel 64 and IA-32 Architectures Software Developer's Manual, chapter on AMX
 //   tried and lost: products of one key tile while the softmax of another runs (no gain, the two share the ports)
 #pragma once
@@ -79,23 +79,24 @@ inline void tile_gemm(int64_t M, int64_t N, int64_t K, const bfloat16* a, int64_
     }
 }
 
-/// [rows][cols] to row length ld, a multiple of 32, zeros behind cols and for rows up to `padded`.
+/// [rows][cols] to row length ld, a multiple of 32, zeros behind cols and for rows up to `padded`. Returns whether all
+/// are finite. Asks for the rows 64 further on, the next tile's: their stride is too long for the hardware to foresee.
 inline bool copy_rows(const bfloat16* from, int64_t stride, int64_t rows, int64_t padded, int64_t cols, bfloat16* to,
                       int64_t ld) {
-  Finite finite;
+  const __m512i exponent = _mm512_set1_epi16(0x7f80);
+  __mmask32 infinite = 0;
   for (int64_t r = 0; r < rows; ++r)
-    for (int64_t c = 0; c < ld; c += W) {
-      const int64_t n = max64(0, min64(W, cols - c));
-      Half x{};
-      if (n == W)
-        std::memcpy(&x, from + r * stride + c, sizeof x);
-      else
-        std::memcpy(&x, from + r * stride + c, n * sizeof(bfloat16));
-      finite.see(from_bfloat16(x));
-      std::memcpy(to + r * ld + c, &x, sizeof x);
+    for (int64_t c = 0; c < ld; c += 32) {
+      const bfloat16* const p = from + r * stride + c;
+      const int64_t n = cols - c;
+      const __mmask32 inside = n >= 32 ? ~__mmask32(0) : n > 0 ? (__mmask32(1) << n) - 1 : 0;
+      const __m512i x = _mm512_maskz_loadu_epi16(inside, p);
+      _mm_prefetch(reinterpret_cast<const char*>(p + BK * stride), _MM_HINT_T0);
+      infinite |= _mm512_cmpeq_epi16_mask(_mm512_and_si512(x, exponent), exponent);
+      _mm512_store_si512(to + r * ld + c, x);
     }
   std::memset(static_cast<void*>(to + rows * ld), 0, (padded - rows) * ld * sizeof(bfloat16));
-  return finite.all();
+  return infinite == 0;
 }
 
 /// Rows of length ld (already padded) to pairs: [rows / 2][ld].
@@ -105,7 +106,7 @@ inline void interleave(const bfloat16* from, int64_t ld, int64_t rows, uint32_t*
       Half low, high;
       std::memcpy(&low, from + r * ld + c, sizeof low);
       std::memcpy(&high, from + (r + 1) * ld + c, sizeof high);
-      const UInt x = __builtin_convertvector(low, UInt) | __builtin_convertvector(high, UInt) << 16;
+      const UInt x = widen(low) | widen(high) << 16;
       std::memcpy(to + r / 2 * ld + c, &x, sizeof x);
     }
 }

@@ -3,6 +3,7 @@
 //   algorithm  an item is up to CHUNK queries of one head. For each tile of 64 keys: pack K and V as float32 once, then
 //              for each 64 queries S^T = K Q^T, running maximum and sum per lane, O^T += V^T P^T.
 //              Running sums are rescaled only where the maximum grew by more than RESCALE: P stays below e^RESCALE.
+//   bfloat16   with AMX the same loop on bfloat16 tiles (attention_amx.h): P is rounded, sums are float32
 //   memory     reads Q once, K and V once per CHUNK queries, writes O and lse once; scratch O(CHUNK * D) per thread
 //   parallel   items, handed out one by one, the longest (last) queries first; each is summed in key order by one
 //              thread, so the result does not depend on the number of threads
@@ -14,7 +15,7 @@
 namespace fastlm::FASTLM_ISA {
 namespace {
 
-constexpr int64_t CHUNK = 4 * BQ;
+constexpr int64_t CHUNK = ATTENTION_CHUNK;
 constexpr float RESCALE = 8.f;
 
 /// Running maximum and sum of 64 queries, and their outputs so far, transposed: [Dv][BQ].

@@ -43,13 +43,31 @@ inline Vec to_float(Int x) { return __builtin_convertvector(x, Vec); }
 
 // --- conversions ----------------------------------------------------------------------------------------------------
 
-inline Vec from_bfloat16(Half h) { return (Vec)(__builtin_convertvector(h, UInt) << 16); }
+// Between 16 and 32 bits by intrinsics: GCC 12 takes the vectors apart for __builtin_convertvector.
+inline UInt widen(Half h) {
+#if defined(__AVX512F__)
+  return (UInt)_mm512_cvtepu16_epi32((__m256i)h);
+#elif defined(__AVX2__)
+  return (UInt)_mm256_cvtepu16_epi32((__m128i)h);
+#else
+  return __builtin_convertvector(h, UInt);
+#endif
+}
+inline Half narrow(UInt x) {  // the low halves
+#if defined(__AVX512F__)
+  return (Half)_mm512_cvtepi32_epi16((__m512i)x);
+#else
+  return __builtin_convertvector(x, Half);
+#endif
+}
+
+inline Vec from_bfloat16(Half h) { return (Vec)(widen(h) << 16); }
 
 inline Half to_bfloat16(Vec x) {  // to nearest, ties to even; NaN stays NaN
   const UInt u = (UInt)x;
   const UInt rounded = (u + 0x7fff + ((u >> 16) & 1)) >> 16;
   const UInt quiet = (u >> 16) | 0x40;
-  return __builtin_convertvector(x == x ? rounded : quiet, Half);
+  return narrow(x == x ? rounded : quiet);
 }
 
 inline float float16_to_float(uint16_t h) {

@@ -3,7 +3,7 @@
 //   of P or dS is ever made. B and C rows hold whole vectors.
 //   A block of MR x NV vectors of C stays in registers over the whole of K: 24 sums for 10 loads with AVX-512, so the
 //   product runs at the rate of the multipliers as long as B's panel (K x NV vectors) stays in the first-level cache.
-//   tried and lost: MR = 8, NV = 3 (the tiles are 64 wide: a remainder of one vector).
+//   MR = 8, NV = 3 has fewer loads per sum, but the tiles are 64 wide: a vector would be left over.
 #pragma once
 #include "simd.h"
 
