@@ -2,6 +2,7 @@
 
     python -m bench.bench_train                            GPT of 6 layers, 384 wide: every vocabulary and precision
     python -m bench.bench_train --vocab 50304 --precision bf16 --steps 20
+    python -m bench.bench_train --threads 1                on a busy machine, for the ratios of CPU time
 
 One step: forward, loss, backward, clipping to norm 1, AdamW. Each contender is a process of its own, because a malloc
 setting is one of the whole process; they take turns step by step, so that a noisy machine is noisy for all alike.
@@ -52,6 +53,8 @@ def worker(options: argparse.Namespace) -> None:
 
     if options.worker != "plain":
         fastlm.tune_malloc()
+    if options.threads:
+        torch.set_num_threads(options.threads)
     model = build(options)
     settings = {"lr": 3e-4, "betas": (0.9, 0.95), "weight_decay": 0.1}
     if options.worker == "fastlm":
@@ -64,7 +67,7 @@ def worker(options: argparse.Namespace) -> None:
     print(json.dumps({"parameters": sum(p.numel() for p in model.parameters())}), flush=True)
     for _ in sys.stdin:
         tokens = torch.randint(options.vocab, (options.batch, options.context + 1), generator=generator)
-        start = time.perf_counter()
+        start, cpu = time.perf_counter(), time.process_time()
         with torch.autocast("cpu", torch.bfloat16) if options.precision == "bf16" else nullcontext():
             result = model(tokens[:, :-1], tokens[:, 1:])
             loss = result.loss if options.worker == "fastlm" else result
@@ -73,12 +76,13 @@ def worker(options: argparse.Namespace) -> None:
             torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         optimizer.zero_grad()
-        print(json.dumps({"seconds": time.perf_counter() - start, "loss": loss.item()}), flush=True)
+        taken = {"wall": time.perf_counter() - start, "cpu": time.process_time() - cpu}
+        print(json.dumps({**taken, "loss": loss.item()}), flush=True)
 
 
 def compare(options: argparse.Namespace, vocab: int, precision: str) -> dict:
-    """Medians of the contenders' steps, in turns."""
-    flags = ["style", "layers", "width", "heads", "context", "batch", "dropout"]
+    """Median wall and CPU seconds of the contenders' steps, in turns."""
+    flags = ["style", "layers", "width", "heads", "context", "batch", "dropout", "threads"]
     command = [sys.executable, "-m", "bench.bench_train", "--vocab", str(vocab), "--precision", precision]
     command += [f"--{flag}={getattr(options, flag)}" for flag in flags]
     workers = {
@@ -94,7 +98,7 @@ def compare(options: argparse.Namespace, vocab: int, precision: str) -> dict:
             raise SystemExit(f"bench: the {name} process ended with status {workers[name].wait()}")
         return json.loads(line)
 
-    seconds: dict[str, list[float]] = {name: [] for name in workers}
+    seconds: dict[str, list[tuple[float, float]]] = {name: [] for name in workers}
     losses = {}
     try:
         parameters = [answer(name)["parameters"] for name in workers]
@@ -105,7 +109,7 @@ def compare(options: argparse.Namespace, vocab: int, precision: str) -> dict:
                 result = answer(name)
                 losses[name] = result["loss"]
                 if step >= options.warmup:
-                    seconds[name].append(result["seconds"])
+                    seconds[name].append((result["wall"], result["cpu"]))
     finally:
         for process in workers.values():
             process.stdin.close()
@@ -113,8 +117,8 @@ def compare(options: argparse.Namespace, vocab: int, precision: str) -> dict:
     spread = max(losses.values()) - min(losses.values())
     if not spread < 0.02:
         raise SystemExit(f"bench: after the same steps the losses differ: {losses}; a wrong result is not timed")
-    medians = {name: statistics.median(values) for name, values in seconds.items()}
-    return {"parameters": parameters[0], "medians": medians, "losses": losses}
+    wall, cpu = ({name: statistics.median(s[i] for s in steps) for name, steps in seconds.items()} for i in (0, 1))
+    return {"parameters": parameters[0], "wall": wall, "cpu": cpu, "losses": losses}
 
 
 def main() -> None:
@@ -129,6 +133,7 @@ def main() -> None:
     parser.add_argument(
         "--precision", choices=("fp32", "bf16"), action="append", help="bf16 is autocast; default: both"
     )
+    parser.add_argument("--threads", type=int, default=0, help="0: as many as torch takes")
     parser.add_argument("--steps", type=int, default=10, help="timed steps of each")
     parser.add_argument("--warmup", type=int, default=2)
     parser.add_argument("--worker", choices=CONTENDERS, help=argparse.SUPPRESS)
@@ -136,17 +141,20 @@ def main() -> None:
     if options.worker:
         options.vocab, options.precision = options.vocab[0], options.precision[0]
         return worker(options)
+    threads = options.threads or torch.get_num_threads()
     shape = f"{options.style}, {options.layers} layers, {options.width} wide, batch {options.batch} x {options.context}"
-    print(f"{shape}, {torch.get_num_threads()} threads, torch {torch.__version__}; medians of {options.steps} steps")
-    heads = ("fastlm ms", "plain ms", "ratio", "plain tuned", "ratio")
-    print(f"{'vocabulary':>10} {'precision':>9}" + "".join(f"{head:>12}" for head in heads))
+    print(f"{shape}, {threads} threads, torch {torch.__version__}; medians of {options.steps} steps")
+    heads = ("fastlm ms", "plain ms", "ratio", "of CPU", "tuned ms", "ratio", "of CPU")
+    print(f"{'vocabulary':>10} {'precision':>9}" + "".join(f"{head:>11}" for head in heads))
     for vocab in options.vocab or (65, 50304):
         for precision in options.precision or ("fp32", "bf16"):
-            ms = {name: 1e3 * s for name, s in compare(options, vocab, precision)["medians"].items()}
-            cells = [f"{ms['fastlm']:.0f}"]
+            result = compare(options, vocab, precision)
+            wall, cpu = result["wall"], result["cpu"]
+            cells = [f"{1e3 * wall['fastlm']:.0f}"]
             for peer in CONTENDERS[1:]:
-                cells += [f"{ms[peer]:.0f}", f"{ms[peer] / ms['fastlm']:.2f}x"]
-            print(f"{vocab:10} {precision:>9}" + "".join(f"{cell:>12}" for cell in cells), flush=True)
+                cells.append(f"{1e3 * wall[peer]:.0f}")
+                cells += [f"{taken[peer] / taken['fastlm']:.2f}x" for taken in (wall, cpu)]
+            print(f"{vocab:10} {precision:>9}" + "".join(f"{cell:>11}" for cell in cells), flush=True)
 
 
 if __name__ == "__main__":
