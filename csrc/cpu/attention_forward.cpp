@@ -17,6 +17,7 @@ namespace {
 
 constexpr int64_t CHUNK = ATTENTION_CHUNK;
 constexpr float RESCALE = 8.f;
+constexpr int64_t FEW = 2;  // queries up to which lanes would be wasted on queries: dot products along D instead
 
 /// Running maximum and sum of 64 queries, and their outputs so far, transposed: [Dv][BQ].
 struct Running {
@@ -87,12 +88,42 @@ void finish(const Problem& p, const Running& run, float keep_scale, float unit, 
   }
 }
 
+/// S^T of one or two queries, straight from memory; the other lanes of the vector become 0.
+template <class T>
+inline void few_logits(const Problem& p, int64_t b, int64_t h, int64_t i, int64_t rows, int64_t j0, int64_t keys,
+                       float* x) {
+  for (int64_t j = 0; j < keys; ++j) store(x + j * BQ, Vec{});
+  for (int64_t r = 0; r < rows; ++r) {
+    const T* const query = at<T>(p.q, p.qs, b, h, i + r);
+    for (int64_t j = 0; j < keys; ++j) {
+      const T* const key = at<T>(p.k, p.ks, b, h / p.group(), j0 + j);
+      Vec total{};
+      for_vectors(p.D, [&](int64_t d, auto n) { total += load(query + d, n) * load(key + d, n); });
+      x[j * BQ + r] = sum(total);
+    }
+  }
+}
+
+/// O^T += V^T P^T of one or two queries; a key of weight 0 is left out, whatever its values are.
+template <class T>
+inline void few_outputs(const Problem& p, int64_t b, int64_t h, int64_t rows, int64_t j0, int64_t keys, const float* x,
+                        float* out) {
+  for (int64_t r = 0; r < rows; ++r)
+    for_vectors(p.Dv, [&](int64_t d, auto n) {
+      Vec total{};
+      for (int64_t j = 0; j < keys; ++j)
+        if (x[j * BQ + r] != 0.f) total += load(at<T>(p.v, p.vs, b, h / p.group(), j0 + j) + d, n) * x[j * BQ + r];
+      for (int64_t l = 0; l < n; ++l) out[(d + l) * BQ + r] += total[l];
+    });
+}
+
 template <class T>
 void forward_item(const Problem& p, void* out, const Strides& os, float* lse, int64_t b, int64_t h, int64_t i0,
                   float* scratch) {
   Arena arena(scratch);
   const int64_t i1 = min64(p.S, i0 + CHUNK), blocks = ceil_div(i1 - i0, BQ);
   const int64_t Dp = round_up(p.D, W), Dvp = round_up(p.Dv, W);
+  const bool few = i1 - i0 <= FEW;
   float* const kt = arena.take(BK * Dp);
   float* const vt = arena.take(BK * Dvp);
   float* const x = arena.take(BK * BQ);
@@ -119,13 +150,16 @@ void forward_item(const Problem& p, void* out, const Strides& os, float* lse, in
         mask.read(p, b, h, i, rows, j0, keys);
         if (mask.empty) continue;
       }
-      if (!packed) {
+      if (!packed && !few) {
         pack(at<T>(p.k, p.ks, b, hk, j0), p.ks[2], keys, p.D, kt, Dp);
         finite = pack(at<T>(p.v, p.vs, b, hk, j0), p.vs[2], keys, p.Dv, vt, Dvp);
         packed = true;
       }
       const int vectors = static_cast<int>(ceil_div(rows, W));
-      gemm<Lie::by_rows, false>(keys, rows, p.D, kt, Dp, qt[c], BQ, x, BQ);
+      if (few)
+        few_logits<T>(p, b, h, i, rows, j0, keys, x);
+      else
+        gemm<Lie::by_rows, false>(keys, rows, p.D, kt, Dp, qt[c], BQ, x, BQ);
       float scale = p.scale;
       if (mask.used || visible < keys - 1) {
         mask_logits(x, keys, vectors, scale, mask, visible);
@@ -133,7 +167,9 @@ void forward_item(const Problem& p, void* out, const Strides& os, float* lse, in
       }
       if (dropout.used) dropout.set_rows(p, b, h, i);
       softmax_tile(x, keys, vectors, scale, dropout, j0, run[c], p.Dv);
-      if (finite)
+      if (few)
+        few_outputs<T>(p, b, h, rows, j0, keys, x, run[c].out);
+      else if (finite)
         gemm<Lie::by_columns, true>(p.Dv, rows, keys, vt, Dvp, x, BQ, run[c].out, BQ);
       else
         gemm<Lie::by_columns, true, true>(p.Dv, rows, keys, vt, Dvp, x, BQ, run[c].out, BQ);
