@@ -53,9 +53,12 @@ inline UInt widen(Half h) {
   return __builtin_convertvector(h, UInt);
 #endif
 }
-inline Half narrow(UInt x) {  // the low halves
+inline Half narrow(UInt x) {  // of values below 2^16
 #if defined(__AVX512F__)
   return (Half)_mm512_cvtepi32_epi16((__m512i)x);
+#elif defined(__AVX2__)
+  const __m256i packed = _mm256_packus_epi32((__m256i)x, (__m256i)x);
+  return (Half)_mm256_castsi256_si128(_mm256_permute4x64_epi64(packed, 0xd8));
 #else
   return __builtin_convertvector(x, Half);
 #endif
@@ -65,9 +68,13 @@ inline Vec from_bfloat16(Half h) { return (Vec)(widen(h) << 16); }
 
 inline Half to_bfloat16(Vec x) {  // to nearest, ties to even; NaN stays NaN
   const UInt u = (UInt)x;
-  const UInt rounded = (u + 0x7fff + ((u >> 16) & 1)) >> 16;
-  const UInt quiet = (u >> 16) | 0x40;
-  return narrow(x == x ? rounded : quiet);
+  const UInt rounded = u + 0x7fff + ((u >> 16) & 1);
+#if defined(__AVX512F__)
+  const __mmask16 nan = _mm512_cmp_ps_mask((__m512)x, (__m512)x, _CMP_UNORD_Q);
+  return narrow((UInt)_mm512_mask_or_epi32((__m512i)rounded, nan, (__m512i)u, _mm512_set1_epi32(0x400000)) >> 16);
+#else
+  return narrow((x == x ? rounded : u | 0x400000) >> 16);
+#endif
 }
 
 inline float float16_to_float(uint16_t h) {
@@ -148,6 +155,14 @@ inline void store(float16* p, Vec x) {
 /// The first n elements, 0 <= n <= W; the lanes behind them are `fill` and their memory is not touched.
 template <class T>
 inline Vec load_n(const T* p, int64_t n, float fill = 0.f) {
+#if defined(__AVX512F__)
+  const __mmask16 mask = static_cast<__mmask16>(0xffffu >> (W - n));
+  const Vec other = splat(fill);
+  if constexpr (std::is_same<T, float>::value) return (Vec)_mm512_mask_loadu_ps((__m512)other, mask, p);
+  const __m256i half = _mm256_maskz_loadu_epi16(mask, p);
+  const Vec x = std::is_same<T, float16>::value ? (Vec)_mm512_cvtph_ps(half) : from_bfloat16((Half)half);
+  return (Vec)_mm512_mask_mov_ps((__m512)other, mask, (__m512)x);
+#else
   T lanes[W];
   if (n < W) {
     std::memcpy(lanes, p, n * sizeof(T));
@@ -158,20 +173,43 @@ inline Vec load_n(const T* p, int64_t n, float fill = 0.f) {
     return x;
   }
   return load(p);
+#endif
 }
 template <class T>
 inline void store_n(T* p, Vec x, int64_t n) {
+#if defined(__AVX512F__)
+  const __mmask16 mask = static_cast<__mmask16>(0xffffu >> (W - n));
+  if constexpr (std::is_same<T, float>::value) return _mm512_mask_storeu_ps(p, mask, (__m512)x);
+  const __m256i half =
+      std::is_same<T, float16>::value ? _mm512_cvtps_ph((__m512)x, _MM_FROUND_TO_NEAREST_INT) : (__m256i)to_bfloat16(x);
+  _mm256_mask_storeu_epi16(p, mask, half);
+#else
   T lanes[W];
   store(lanes, x);
   std::memcpy(p, lanes, n * sizeof(T));
+#endif
 }
 
-/// A store that does not read the line into the cache first. Only where stream_ok(p) and the output exceeds the cache.
+/// A store that does not read the line into the cache first. Only where stream_ok() and the output exceeds the cache.
 inline void stream(float* p, Vec x) {
 #if defined(__AVX512F__)
   _mm512_stream_ps(p, (__m512)x);
 #elif defined(__AVX2__)
   _mm256_stream_ps(p, (__m256)x);
+#else
+  store(p, x);
+#endif
+}
+template <class T>
+inline void stream(T* p, Vec x) {  // the 16-bit types
+#if defined(__AVX512F__)
+  alignas(32) T lanes[W];
+  store(lanes, x);
+  _mm256_stream_si256(reinterpret_cast<__m256i*>(p), *reinterpret_cast<const __m256i*>(lanes));
+#elif defined(__AVX2__)
+  alignas(16) T lanes[W];
+  store(lanes, x);
+  _mm_stream_si128(reinterpret_cast<__m128i*>(p), *reinterpret_cast<const __m128i*>(lanes));
 #else
   store(p, x);
 #endif
@@ -197,6 +235,37 @@ inline void stream_fence() {
 #endif
 }
 inline bool stream_ok(const float* p) { return reinterpret_cast<uintptr_t>(p) % sizeof(Vec) == 0; }
+/// Whether to stream an output of `rows` rows of N elements, `stride` apart: aligned, and too large to stay in the
+/// cache for whoever reads it next.
+template <class T>
+inline bool stream_ok(const T* p, int64_t rows, int64_t N, int64_t stride) {
+  constexpr int64_t LARGE = 16 << 20, VECTOR = W * sizeof(T);
+  return rows * N * int64_t(sizeof(T)) >= LARGE && reinterpret_cast<uintptr_t>(p) % VECTOR == 0 &&
+         stride * int64_t(sizeof(T)) % VECTOR == 0;
+}
+/// A full vector streamed or stored; the last, shorter one of a row is always stored.
+template <class T, class N>
+inline void put(T* p, Vec x, N n, std::true_type) {
+  if constexpr (std::is_same<N, int64_t>::value)
+    store_n(p, x, n);
+  else
+    stream(p, x);
+}
+template <class T, class N>
+inline void put(T* p, Vec x, N n, std::false_type) {
+  if constexpr (std::is_same<N, int64_t>::value)
+    store_n(p, x, n);
+  else
+    store(p, x);
+}
+/// f(std::true_type) or f(std::false_type): turns a flag of the call into one the compiler knows.
+template <class F>
+inline void with_flag(bool flag, F f) {
+  if (flag)
+    f(std::true_type{});
+  else
+    f(std::false_type{});
+}
 
 // --- arithmetic -----------------------------------------------------------------------------------------------------
 
