@@ -234,7 +234,6 @@ inline void stream_fence() {
   _mm_sfence();
 #endif
 }
-inline bool stream_ok(const float* p) { return reinterpret_cast<uintptr_t>(p) % sizeof(Vec) == 0; }
 /// Whether to stream an output of `rows` rows of N elements, `stride` apart: aligned, and too large to stay in the
 /// cache for whoever reads it next.
 template <class T>
