@@ -145,7 +145,7 @@ def test_demo(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: p
     assert cli.main([*arguments, "0.02"]) == 0
     said = capsys.readouterr().out
     for part in (
-        "Expect:", "Ctrl-C saves", "Corpus: standard library of Python", "layer_norm", "first choice", "tokens/s",
+        "Expect about", "Ctrl-C saves", "Corpus: standard library of Python", "layer_norm", "first choice", "tokens/s",
         "validation loss", "perplexity", "bits per byte", "byte bigram", "A sample", "loss.png", "tensorboard --logdir",
     ):  # fmt: skip
         assert part in said, part

@@ -44,7 +44,7 @@ class TrainConfig:
     clip: float = 1.0
     """Largest norm of the gradient over all parameters. 0: no limit."""
     precision: Literal["auto", "fp32", "bf16"] = "auto"
-    """Arithmetic. auto: bf16 on a GPU, fp32 on a CPU. Weights are kept in fp32 either way."""
+    """Arithmetic of matrix products. auto: bf16 on a GPU or a CPU with AMX, else fp32. Weights stay in fp32."""
     device: str = "auto"
     """auto, cpu, cuda or cuda:N. auto: the GPU if there is one."""
     threads: int = 0

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 import fastlm
+from fastlm import native
 from fastlm.data import IGNORE, Dataset, RandomWindows, SequentialWindows
 from fastlm.metrics import bits_per_byte, perplexity
 from fastlm.models import CausalLM
@@ -423,8 +424,9 @@ def pick_device(name: str) -> torch.device:
 
 
 def is_bf16(config: TrainConfig, device: torch.device) -> bool:
-    """Whether matrix products run in bfloat16."""
-    return config.precision == "bf16" or (config.precision == "auto" and device.type == "cuda")
+    """Whether matrix products run in bfloat16: "auto" means where the processor has units for it."""
+    fast = device.type == "cuda" or native.isa() == "amx"
+    return config.precision == "bf16" or (config.precision == "auto" and fast)
 
 
 def make_optimizer(model: torch.nn.Module, config: TrainConfig) -> AdamW:

@@ -44,7 +44,8 @@ def make(data: Dataset, tmp_path: Path) -> Make:
     ) -> Trainer:
         defaults: dict[str, Any] = {
             "out": tmp_path / "run", "steps": 20, "batch": 4, "warmup": 4, "threads": 1, "malloc": False,
-            "eval_every": 0, "eval_batches": 2, "save_every": 0, "log_every": 1, "tensorboard": False,
+            "precision": "fp32", "eval_every": 0, "eval_batches": 2, "save_every": 0, "log_every": 1,
+            "tensorboard": False,
         }  # fmt: skip
         config = TrainConfig(**{**defaults, **settings})
         seed_everything(config.seed)

@@ -18,7 +18,7 @@ ENDLESS = 10_000_000
 SETTINGS = shlex.split(
     "--tokenizer char --style llama --layers 1 --heads 2 --width 32 --context 16 --dropout 0.1 --batch 2 "
     "--accumulate 2 --schedule constant --warmup 5 --eval-every 15 --eval-batches 1 --save-every 10 "
-    "--threads 1 --no-tensorboard"
+    "--threads 1 --no-tensorboard --precision fp32"
 )
 
 
