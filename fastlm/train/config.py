@@ -154,7 +154,7 @@ def default() -> Recipe:
 
 
 def demo() -> Recipe:
-    """What `fastlm demo` trains: the best bits per byte found in two minutes on two CPU cores."""
+    """What `fastlm demo` trains: sized for two minutes on two CPU cores."""
     return Recipe(
         model=ModelOptions(style="llama", layers=4, heads=4, width=256, context=128),
         train=TrainConfig(
