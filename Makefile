@@ -36,7 +36,7 @@ $(VENV)/.installed: setup.py pyproject.toml Makefile $(shell find csrc -type f)
 	@touch $@
 
 demo: $(VENV)/.installed
-	@$(BIN)/fastlm demo
+	@$(BIN)/fastlm demo $(ARGS)
 
 test: $(VENV)/.installed
 	@$(BIN)/python -m pytest -q tests

@@ -235,3 +235,17 @@ def test_no_grad_and_frozen_inputs(backend: str) -> None:
 def test_bad_arguments(call, error, match) -> None:
     with pytest.raises(error, match=match):
         call()
+
+
+@each_backend
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_every_value_of_a_half_precision_dtype_converts_exactly(backend: str, dtype: torch.dtype) -> None:
+    """h = x + residual goes through the kernels' own conversions: all 65536 bit patterns, and sums that must round."""
+    patterns = torch.arange(-32768, 32768, dtype=torch.int16).view(dtype).view(256, 256)
+    others = patterns.flatten()[torch.randperm(65536)].view(256, 256)
+    with on(backend), torch.no_grad():
+        for residual in (torch.zeros_like(patterns), others):
+            _, h = ops.add_layer_norm(patterns, residual)
+            expected = patterns + residual
+            assert torch.equal(h.isnan(), expected.isnan())
+            assert torch.equal(h[~h.isnan()], expected[~h.isnan()])

@@ -1,0 +1,79 @@
+"""README's table, made from bench/results/*.json: `python -m bench.report` rewrites it, `--check` only compares.
+
+Ratios are the peer's median time over ours, both under the same malloc setting, taken in turn in one process.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Iterator
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+README = ROOT / "README.md"
+BEGIN, END = "<!-- begin: python -m bench.report -->\n", "<!-- end -->"
+
+
+def ratio(row: dict | None, peers: tuple[str, ...]) -> str:
+    """Best of the named peers over ours, or nothing when none was run."""
+    seconds = {p: row["seconds"][p] for p in peers if p in row["seconds"]} if row else {}
+    return f"{min(seconds.values()) / row['seconds']['fastlm']:.1f}×" if row and seconds else ""
+
+
+def table(document: dict) -> Iterator[str]:
+    """Lines of markdown for one device."""
+    rows = {(r["op"], r["shape"], r["dtype"], r["malloc"]): r for r in document["rows"]}
+    commits = sorted({r["commit"] for r in document["rows"]})
+    versions = sorted({f"torch {r['torch']}, Python {r['python']}" for r in document["rows"]})
+    ceilings = document["ceilings"].get("tuned") or next(iter(document["ceilings"].values()))
+    products = ", ".join(f"{r / 1e9:.0f} GFLOP/s {d}" for d, r in ceilings["product"].items())
+    yield (
+        f"{document['device']}, {document['threads']} threads, {document['isa']}; {'; '.join(versions)}; "
+        f"commit {', '.join(commits)}. Ceilings: copy {ceilings['copy'] / 1e9:.0f} GB/s, matrix product {products}."
+    )
+    yield ""
+    yield "| op | shape | dtype | ms | × eager | × compile | × eager, default malloc | of ceiling |"
+    yield "|---|---|---|--:|--:|--:|--:|--:|"
+    for op, shape, dtype in sorted({key[:3] for key in rows}):
+        tuned, default = rows.get((op, shape, dtype, "tuned")), rows.get((op, shape, dtype, "default"))
+        row = tuned or default
+        assert row is not None
+        peers = tuple(p for p in row["seconds"] if p not in ("fastlm", "compile"))
+        yield (
+            f"| {op} | {shape} | {dtype} | {row['seconds']['fastlm'] * 1e3:.2f} | {ratio(tuned, peers)} "
+            f"| {ratio(tuned, ('compile',))} | {ratio(default, peers)} | {row['share']:.0%} |"
+        )
+
+
+def render() -> str:
+    lines: list[str] = []
+    for path in sorted((ROOT / "bench" / "results").glob("*.json")):
+        document = json.loads(path.read_text())
+        if "rows" in document:
+            lines += [*table(document), ""]
+    return "\n".join(lines)
+
+
+def update(text: str) -> str:
+    """README with the table between its marks replaced."""
+    head, _, rest = text.partition(BEGIN)
+    _, mark, tail = rest.partition(END)
+    if not mark:
+        raise SystemExit(f"{README.name} lacks the lines {BEGIN.strip()} and {END}")
+    return f"{head}{BEGIN}{render()}{END}{tail}"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="python -m bench.report", description=__doc__)
+    parser.add_argument("--check", action="store_true", help="exit 1 when README is not up to date")
+    options = parser.parse_args()
+    text = README.read_text()
+    updated = update(text)
+    if options.check:
+        raise SystemExit(int(text != updated))
+    README.write_text(updated)
+
+
+if __name__ == "__main__":
+    main()
