@@ -120,7 +120,7 @@ def _tensors(result: Any) -> list[Tensor]:
     return [result] if isinstance(result, Tensor) else [t for t in (result or ()) if isinstance(t, Tensor)]
 
 
-def measure(case: Case, *, seconds: float = 6.0, least: int = 5, most: int = 60) -> Result:
+def measure(case: Case, *, seconds: float = 2.5, least: int = 5, most: int = 60) -> Result:
     """Medians of interleaved runs: every round runs each provider once, in turn, on a cache filled with other data."""
     runs = case.build()
     agree(case, runs)

@@ -45,11 +45,13 @@ def test_commands_run(command: str, tmp_path: Path) -> None:
     elif words[0] == "make":
         run = make(*words[1:], dry=True)
     elif words[:2] == ["pip", "install"]:
-        run = subprocess.run([sys.executable, "-m", "pip", "check"], capture_output=True, text=True)
-        assert words[2:] in (["."], ["-e", "."]) or words[-1].startswith(("fastlm", "torch"))
+        options = ["--dry-run", "--no-deps", "--no-build-isolation", "--quiet"]
+        target = [word.strip('"') for word in words[2:]]
+        run = subprocess.run(
+            [sys.executable, "-m", "pip", "install", *options, *target], cwd=ROOT, capture_output=True, text=True
+        )
     elif words[:3] == ["python", "-m", "bench"]:
-        run = subprocess.run([sys.executable, "-m", "bench", "--help"], cwd=ROOT, capture_output=True, text=True)
-        assert all(w in run.stdout or w.startswith("-") for w in words[3:])
+        run = subprocess.run([sys.executable, *words[1:], "--help"], cwd=ROOT, capture_output=True, text=True)
     elif words[:2] == ["pytest", "bench"]:
         options = ["-q", "-k", "layer_norm and 768x128 and float32 and eager", f"--benchmark-json={tmp_path}/b.json"]
         run = subprocess.run(
