@@ -2,7 +2,8 @@
 //   both ways  each pair (a, b) of the leading R channels becomes (a cos - b sin, b cos + a sin), with -sin for the
 //              inverse rotation, which is the backward; the channels from R on are copied
 //   pairs      (i, i + R/2), or (2i, 2i + 1) when interleaved
-//   memory     reads and writes q and k once; a block of the tables stays in the first-level cache for all heads
+//   memory     reads and writes q and k once; a block of the tables stays in the first-level cache for all heads;
+//              outputs larger than the cache are streamed past it where pairs are halves and rows are aligned
 //   parallel   batches times blocks of positions; the loop over heads is inside or outside the one over positions,
 //              whichever walks the memory of the tensor in order
 //   paper      Su et al. 2021 (arXiv:2104.09864)
@@ -43,15 +44,16 @@ inline void zip(Vec even, Vec odd, Vec& low, Vec& high) {
 #endif
 }
 
-template <bool INTERLEAVED, class T>
-inline void rotate(const T* x, T* y, const float* cos, const float* sin, float sign, int64_t D, int64_t R) {
+template <bool INTERLEAVED, class T, class STREAM>
+inline void rotate(const T* x, T* y, const float* cos, const float* sin, float sign, int64_t D, int64_t R,
+                   STREAM streamed) {
   const int64_t half = R / 2;
   for_vectors(half, [&](int64_t i, auto n) {
     const Vec c = load(cos + i, n), s = load(sin + i, n) * sign;
     if constexpr (!INTERLEAVED) {
       const Vec a = load(x + i, n), b = load(x + half + i, n);
-      store(y + i, a * c - b * s, n);
-      store(y + half + i, b * c + a * s, n);
+      put(y + i, a * c - b * s, n, streamed);
+      put(y + half + i, b * c + a * s, n, streamed);
     } else {
       const int64_t first = 2 * n < W ? 2 * n : W;
       Vec a, b, low, high;
@@ -81,17 +83,22 @@ void rope(DType dtype, const void* q, int64_t q_batch, int64_t q_head, int64_t q
       const T* x = static_cast<const T*>(from) + b * xb;
       T* y = static_cast<T*>(to) + b * yb;
       const float *c = cos + b * table_batch, *s = sin + b * table_batch;
-      const auto row = [=](int64_t h, int64_t t) {
-        rotate<decltype(pairs)::value>(x + h * xh + t * xs, y + h * yh + t * ys, c + t * (R / 2), s + t * (R / 2), sign,
-                                       D, R);
-      };
-      if (xh < xs) {
-        for (int64_t t = begin; t < end; ++t)
-          for (int64_t h = 0; h < H; ++h) row(h, t);
-      } else {
-        for (int64_t h = 0; h < H; ++h)
-          for (int64_t t = begin; t < end; ++t) row(h, t);
-      }
+      // A multiple of a power of two has its low bits zero, so the union of the offsets stands for each of them.
+      const bool large = !decltype(pairs)::value && stream_ok(y, B * H * S, D, yb | yh | ys | (R / 2));
+      with_flag(large, [=](auto streamed) {
+        const auto row = [=](int64_t h, int64_t t) {
+          rotate<decltype(pairs)::value>(x + h * xh + t * xs, y + h * yh + t * ys, c + t * (R / 2), s + t * (R / 2),
+                                         sign, D, R, streamed);
+        };
+        if (xh < xs) {
+          for (int64_t t = begin; t < end; ++t)
+            for (int64_t h = 0; h < H; ++h) row(h, t);
+        } else {
+          for (int64_t h = 0; h < H; ++h)
+            for (int64_t t = begin; t < end; ++t) row(h, t);
+        }
+        if (streamed) stream_fence();
+      });
     };
     const auto run = [=](auto pairs) {
       const int64_t grain = 1 + 16384 / ((Hq + Hk) * (BLOCK < S ? BLOCK : S) * D + 1);

@@ -10,11 +10,19 @@ import torch
 from fastlm import ops
 from tests.ops.harness import BACKENDS, differentiate, on
 
+
+def rope(x: torch.Tensor) -> torch.Tensor:
+    """Every row of x a batch of its own: 17 heads of one position."""
+    angle = torch.arange(32.0)[None]
+    return ops.rope(x.view(-1, 17, 1, 64), None, angle.cos(), angle.sin()).flatten(1)
+
+
 CALLS = {
     "layer_norm": (lambda x: ops.layer_norm(x, torch.ones(x.shape[-1])), 1088),
     "rms_norm": (lambda x: ops.rms_norm(x, torch.ones(x.shape[-1])), 1088),
     "swiglu": (ops.swiglu, 2176),
     "gelu": (ops.gelu, 1081),  # odd rows: only the share as a whole is aligned
+    "rope": (rope, 1088),
 }
 
 
