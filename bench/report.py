@@ -33,17 +33,21 @@ def table(document: dict) -> Iterator[str]:
         f"commit {', '.join(commits)}. Ceilings: copy {ceilings['copy'] / 1e9:.0f} GB/s, matrix product {products}."
     )
     yield ""
-    yield "| op | shape | dtype | ms | × eager | × compile | × eager, default malloc | of ceiling |"
+    yield "| op | shape | dtype | ms | × PyTorch | × torch.compile | × PyTorch, default malloc | of ceiling |"
     yield "|---|---|---|--:|--:|--:|--:|--:|"
-    for op, shape, dtype in sorted({key[:3] for key in rows}):
+    best = {key: rows.get((*key, "tuned")) or rows[(*key, "default")] for key in {key[:3] for key in rows}}
+    for op, dtype in sorted({(op, dtype) for op, _, dtype in best}):
+        _, shape = max((row["seconds"]["fastlm"], key[1]) for key, row in best.items() if key[::2] == (op, dtype))
         tuned, default = rows.get((op, shape, dtype, "tuned")), rows.get((op, shape, dtype, "default"))
-        row = tuned or default
-        assert row is not None
+        row = best[op, shape, dtype]
         peers = tuple(p for p in row["seconds"] if p not in ("fastlm", "compile"))
         yield (
             f"| {op} | {shape} | {dtype} | {row['seconds']['fastlm'] * 1e3:.2f} | {ratio(tuned, peers)} "
             f"| {ratio(tuned, ('compile',))} | {ratio(default, peers)} | {row['share']:.0%} |"
         )
+    slower = [f"{' '.join(key)} {row['ratio']:.2f}×" for key, row in sorted(best.items()) if row["ratio"] < 0.995]
+    yield ""
+    yield f"Largest shape of each op. Rows of the whole measurement where a peer is faster: {', '.join(slower) or 'none'}."
 
 
 def render() -> str:
