@@ -47,7 +47,7 @@ def table(document: dict) -> Iterator[str]:
         )
     slower = [f"{' '.join(key)} {row['ratio']:.2f}×" for key, row in sorted(best.items()) if row["ratio"] < 0.995]
     yield ""
-    yield f"Largest shape of each op. Rows of the whole measurement where a peer is faster: {', '.join(slower) or 'none'}."
+    yield f"Largest shape of each op. All rows in which a peer is faster: {', '.join(slower) or 'none'}."
 
 
 def render() -> str:
