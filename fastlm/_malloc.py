@@ -38,8 +38,8 @@ def tune_malloc() -> bool:
     Measured per run after two warm-up runs (2 cores of a Sapphire Rapids virtual machine, glibc 2.36, torch 2.13.0+cpu,
     float32, default -> tuned; the machine was shared, so processor time in the kernel and page faults are the figures
     to trust):
-        gelu(x + y) on 412 MB             wall 222 -> 162 ms; kernel 296 -> 0 ms; 201 172 -> 0 faults; peak resident
-                                          size 1.8 -> 2.6 GB
+        gelu(x + y) on 412 MB             wall 460 -> 186 ms; kernel 329 -> 35 ms; 201 172 -> 25 146 faults; peak
+                                          resident size 1.84 -> 3.05 GB
         GPT step, 3 layers, 256 wide,     kernel 339 -> 46 ms of 2.1 s processor time; 135 511 -> 6 553 faults; peak
         vocabulary 16 384, 2048 tokens    resident size 1.06 -> 1.37 GB
     It takes some runs until fragmentation has settled and every block finds one that fits.
