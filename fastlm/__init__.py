@@ -3,9 +3,9 @@
 Importing it needs torch and numpy alone; `fastlm.train` and the command line import what they need themselves.
 """
 
-from fastlm import ops
+from fastlm import nn, ops, optim
 from fastlm._dispatch import UnsupportedError, use_backend
 from fastlm._malloc import tune_malloc
 from fastlm._version import __version__
 
-__all__ = ["UnsupportedError", "__version__", "ops", "tune_malloc", "use_backend"]
+__all__ = ["UnsupportedError", "__version__", "nn", "ops", "optim", "tune_malloc", "use_backend"]
