@@ -102,21 +102,15 @@ def run(suites: list[str], malloc: str) -> tuple[dict, list[dict]]:
     return ceilings, rows
 
 
-def device_name() -> str:
-    for line in Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else ():
-        if line.startswith("model name"):
-            return line.partition(":")[2].strip()
-    return platform.processor() or platform.machine()
-
-
 def save(ceilings: dict[str, dict], rows: list[dict]) -> Path:
     """Replaces the rows that were measured again; the others stay with the commit they were measured at."""
     import torch
 
     from fastlm import native
+    from fastlm.info import cpu_model
 
     isa = native.isa() or "no extension"
-    name = re.sub(r"[^a-z0-9]+", "-", f"{device_name()} {torch.get_num_threads()} threads {isa}".lower()).strip("-")
+    name = re.sub(r"[^a-z0-9]+", "-", f"{cpu_model()} {torch.get_num_threads()} threads {isa}".lower()).strip("-")
     path = ROOT / "bench" / "results" / f"{name}.json"
     git = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True)
     about = {"torch": torch.__version__, "python": platform.python_version(), "commit": git.stdout.strip()}
@@ -127,7 +121,7 @@ def save(ceilings: dict[str, dict], rows: list[dict]) -> Path:
 
     merged = {key(row): row for row in old["rows"]} | {key(row): {**row, **about} for row in rows}
     document = {
-        "device": device_name(),
+        "device": cpu_model(),
         "threads": torch.get_num_threads(),
         "isa": isa,
         "ceilings": old["ceilings"] | ceilings,

@@ -100,6 +100,28 @@ class Result:
         return self.medians[self.best_peer] / self.medians["fastlm"]
 
 
+NORM_SHAPES = [(768, 128), (4096, 768), (8192, 1024)]
+
+Pair = tuple[Callable[..., Any], Callable[..., Any]]
+
+
+def norm_cases(op: str, parameters: int, plain: Pair, added: Pair) -> Iterator[Case]:
+    """Cases of a norm with this many parameters (N,), and of its form with a residual; each pair is ours, eager."""
+    for m, n in NORM_SHAPES:
+        for dtype in (torch.float32, torch.bfloat16):
+            # Traffic in tensors: x, y, dy, x again, dx; with a residual also the residual, h and dh.
+            for name, rows, (ours, eager), traffic in ((op, 1, plain, 5), (f"add_{op}", 2, added, 8)):
+                shapes = [(m, n)] * rows + [(n,)] * parameters
+                yield Case(
+                    name,
+                    f"{m}x{n}",
+                    dtype,
+                    lambda shapes=shapes, dtype=dtype: [torch.randn(s).to(dtype).requires_grad_() for s in shapes],
+                    {"fastlm": ours, "eager": eager, "compile": eager},
+                    bytes=traffic * m * n * dtype.itemsize,
+                )
+
+
 def dtype_name(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 

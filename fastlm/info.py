@@ -34,7 +34,7 @@ def collect() -> dict[str, Any]:
     return {
         "versions": _versions(),
         "cpu": {
-            "model": _cpu_model(),
+            "model": cpu_model(),
             "cores": os.cpu_count(),
             "threads": torch.get_num_threads(),
             "instruction_sets": {
@@ -68,7 +68,7 @@ def _versions() -> dict[str, str | None]:
     return found
 
 
-def _cpu_model() -> str:
+def cpu_model() -> str:
     path = Path("/proc/cpuinfo")
     if path.is_file():
         for line in path.read_text(errors="replace").splitlines():

@@ -1,7 +1,7 @@
 """Wrappers of the C++ extension: tensor to pointer, sizes, strides, threads.
 
 A raw pointer trusts its caller: with a wrong dtype it corrupts the heap, from a fake tensor it is null. So `address`
-is the only way to one, and it looks first.
+looks before it gives one; `output` is for what `empty` just allocated.
 """
 
 from __future__ import annotations

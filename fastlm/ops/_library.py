@@ -90,8 +90,8 @@ def no_double_backward(backward: Callable[..., Any]) -> Callable[..., Any]:
         tensors = [r.detach().requires_grad_() for r in results if isinstance(r, torch.Tensor)]
         message = f"fastlm {name} does not support double backward; differentiate the same formula written in PyTorch"
         # A private binding, but the one once_differentiable itself is built on.
-        guarded = torch._C._functions.DelayedError(message, len(tensors))(*tensors)
-        guards = iter(guarded if isinstance(guarded, tuple) else (guarded,))
+        delayed = torch._C._functions.DelayedError(message, len(tensors))(*tensors)
+        guards = iter(delayed if isinstance(delayed, tuple) else (delayed,))
         return tuple(next(guards) if isinstance(r, torch.Tensor) else r for r in results)
 
     return guarded

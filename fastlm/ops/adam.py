@@ -69,7 +69,7 @@ class Prepared:
             _check_length("rounding_seeds", rounding_seeds, params)
         self.backend = OP.select(first, backend)
         self._impl = OP.module(self.backend)
-        self._tensors = self._impl.prepare(
+        self._tensors = self._impl.Prepared(
             params, exp_avgs, exp_avg_sqs, steps, max_exp_avg_sqs or (), master_params or (), rounding_seeds or ()
         )
 

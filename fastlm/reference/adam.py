@@ -29,18 +29,6 @@ class Prepared:
         return True  # tensors are read through PyTorch, wherever they lie
 
 
-def prepare(
-    params: Sequence[Tensor],
-    exp_avgs: Sequence[Tensor],
-    exp_avg_sqs: Sequence[Tensor],
-    steps: Sequence[Tensor],
-    max_exp_avg_sqs: Sequence[Tensor],
-    master_params: Sequence[Tensor],
-    seeds: Sequence[int],
-) -> Prepared:
-    return Prepared(params, exp_avgs, exp_avg_sqs, steps, max_exp_avg_sqs, master_params, seeds)
-
-
 def forward(
     prepared: Prepared,
     grads: Sequence[Tensor],
