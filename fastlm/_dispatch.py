@@ -33,10 +33,13 @@ class Request(NamedTuple):
     device: str
     dtype: torch.dtype
     sizes: tuple[tuple[str, int], ...] = ()
+    features: frozenset[str] = frozenset()
+    """Options in use that some backend lacks, by the name of their argument."""
 
     def __str__(self) -> str:
         sizes = "".join(f", {name}={size}" for name, size in self.sizes)
-        return f"{str(self.dtype).removeprefix('torch.')} on {self.device}{sizes}"
+        features = f", with {', '.join(sorted(self.features))}" if self.features else ""
+        return f"{str(self.dtype).removeprefix('torch.')} on {self.device}{sizes}{features}"
 
 
 def _always() -> str | None:
@@ -52,10 +55,13 @@ class Backend:
     devices: frozenset[str] | None = None
     dtypes: frozenset[torch.dtype] | None = None
     limits: dict[str, int] = field(default_factory=dict)
+    features: frozenset[str] = frozenset()
+    """What it takes of a request's features."""
     missing: Callable[[], str | None] = _always
     """Why the backend cannot be used on this machine at all, or None."""
 
     def reasons(self, request: Request) -> list[str]:
+        """What speaks against running the request; empty means nothing. The reference takes every feature."""
         found = []
         absent = self.missing()
         if absent:
@@ -68,6 +74,8 @@ class Backend:
         for name, size in request.sizes:
             if name in self.limits and size > self.limits[name]:
                 found.append(f"{name} is {size}, above the limit {self.limits[name]}")
+        if self.name != "reference" and not request.features <= self.features:
+            found.append(f"it has no {' and no '.join(sorted(request.features - self.features))}")
         return found
 
     def load(self) -> ModuleType:
@@ -86,14 +94,20 @@ class Op:
         self._modules: dict[str, ModuleType] = {}
         Op.registry[name] = self
 
-    def select(self, tensor: torch.Tensor, backend: str | None = None, **sizes: int) -> str:
-        """Name of the backend that runs a call on this tensor.
+    def select(
+        self,
+        tensor: torch.Tensor,
+        backend: str | None = None,
+        features: frozenset[str] = frozenset(),
+        **sizes: int,
+    ) -> str:
+        """Name of the backend that runs a call with these features and sizes on this tensor.
 
         Raises:
             ValueError: no backend has the forced name.
             UnsupportedError: the forced backend cannot run the call.
         """
-        request = Request(tensor.device.type, tensor.dtype, tuple(sizes.items()))
+        request = Request(tensor.device.type, tensor.dtype, tuple(sizes.items()), features)
         forced = backend if backend is not None else _forced
         if torch.compiler.is_compiling():  # no cache and no warning inside a traced graph
             return self._choose(request, forced)[0]
@@ -124,7 +138,8 @@ class Op:
                 break
             refusals.append(f"{name}: {'; '.join(reasons)}")
         # float64 and devices no backend serves (meta, mps) belong to the reference: nothing was passed over.
-        expected = request.dtype is torch.float64 or request.device not in ("cpu", "cuda")
+        served = any(row.devices is not None and request.device in row.devices for row in self.rows.values())
+        expected = request.dtype is torch.float64 or not served
         if name != "reference" or expected or not refusals:
             return name, ""
         if _strict:

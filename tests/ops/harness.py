@@ -7,7 +7,7 @@ eager PyTorch explain. A largest error alone does not see a truncation where rou
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 
 import pytest
@@ -41,9 +41,9 @@ def on(backend: str) -> Iterator[None]:
             native.set_isa(before)
 
 
-def refuses(op: Op, backend: str, tensor: Tensor, **sizes: int) -> bool:
+def refuses(op: Op, backend: str, tensor: Tensor, features: Iterable[str] = (), **sizes: int) -> bool:
     """Whether the backend declares reasons against the call; then the test must see it raise."""
-    request = Request(tensor.device.type, tensor.dtype, tuple(sizes.items()))
+    request = Request(tensor.device.type, tensor.dtype, tuple(sizes.items()), frozenset(features))
     return bool(op.explain(request)[backend.partition("-")[0]])
 
 
