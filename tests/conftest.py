@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from fastlm import native
+from fastlm.kernels import _platform
 
 CANARY = 256  # bytes on either side of a kernel's output
 
@@ -33,20 +34,26 @@ def poison() -> Iterator[None]:
 
 @pytest.fixture(autouse=True)
 def canaries(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Outputs and scratch of the C++ kernels lie between guards that no kernel may touch."""
-    guards: list[tuple[np.ndarray, np.ndarray]] = []
+    """Outputs and scratch of the kernels lie between guards that no kernel may touch."""
+    guards: list[tuple[np.ndarray | torch.Tensor, np.ndarray | torch.Tensor]] = []
 
-    def allocate(shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
-        payload = torch.empty(shape, dtype=dtype, device="cpu")  # poisoned
-        memory = np.full(payload.nbytes + 2 * CANARY, 42, dtype=np.uint8)
-        if payload.nbytes == 0 or len(guards) >= 10_000:
+    def allocate(shape: tuple[int, ...], dtype: torch.dtype, device: str | torch.device = "cpu") -> torch.Tensor:
+        payload = torch.empty(shape, dtype=dtype, device=device)  # poisoned
+        if payload.is_cuda and payload.nbytes:
+            guarded = torch.full((payload.nbytes + 2 * CANARY,), 42, dtype=torch.uint8, device=device)
+            guards.append((guarded[:CANARY], guarded[-CANARY:]))
+            return guarded[CANARY:-CANARY].view(dtype).view(shape).copy_(payload)
+        if payload.nbytes == 0 or not payload.is_cpu or len(guards) >= 10_000:
             return payload
+        memory = np.full(payload.nbytes + 2 * CANARY, 42, dtype=np.uint8)
         # Through numpy, because a view of a larger tensor would have a storage offset, which fake tensors do not.
         tensor = torch.from_numpy(memory[CANARY:-CANARY]).view(dtype).view(shape)
         guards.append((memory[:CANARY], memory[-CANARY:]))
         return tensor.copy_(payload)
 
     monkeypatch.setattr(native, "_allocate", allocate)
+    if _platform.missing() is None:
+        monkeypatch.setattr("fastlm.kernels._launch._allocate", allocate)
     yield
     for before, after in guards:
         assert (before == 42).all(), "a kernel wrote before the start of a tensor"

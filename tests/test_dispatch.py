@@ -118,15 +118,17 @@ import fastlm
 
 
 def test_features_are_declared(op: Op) -> None:
-    with pytest.raises(fastlm.UnsupportedError, match="with dropout, window.*it has no dropout and no window"):
+    with pytest.raises(fastlm.UnsupportedError, match=r"with dropout, window.*it has no dropout and no window"):
         op.select(torch.ones(1), "cpu", frozenset({"window", "dropout"}))
     with pytest.warns(UserWarning, match="it has no window"):
         assert op.select(torch.ones(1), features=frozenset({"window"})) == "reference"
 
 
-def test_a_device_no_backend_serves_belongs_to_the_reference_without_a_word(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_device_no_backend_serves_belongs_to_the_reference(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Op, "registry", {})
-    gpu_only = Op("thing", Backend("triton", "fastlm.kernels.layer_norm", frozenset({"cuda"}), LOW_PRECISION), REFERENCE)
+    gpu_only = Op(
+        "thing", Backend("triton", "fastlm.kernels.layer_norm", frozenset({"cuda"}), LOW_PRECISION), REFERENCE
+    )
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         assert gpu_only.select(torch.ones(1)) == "reference"

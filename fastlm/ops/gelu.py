@@ -9,12 +9,14 @@ from torch import Tensor
 
 from fastlm import native
 from fastlm._dispatch import LOW_PRECISION, Backend, Op
+from fastlm.kernels import _platform
 from fastlm.ops._check import check_choice, check_floating
 from fastlm.ops._library import define, no_double_backward
 
 OP = Op(
     "gelu",
     Backend("cpu", "fastlm.native.gelu", frozenset({"cpu"}), LOW_PRECISION, missing=native.missing),
+    Backend("triton", "fastlm.kernels.gelu", _platform.DEVICES, LOW_PRECISION, missing=_platform.missing),
     Backend("reference", "fastlm.reference.gelu"),
 )
 
@@ -55,7 +57,7 @@ def gelu(x: Tensor, *, approximate: str = "none", backend: str | None = None) ->
     Args:
         x: any shape, float32, bfloat16, float16 or float64; a copy is made unless it is contiguous.
         approximate: "none" or "tanh", as torch.nn.functional.gelu.
-        backend: "cpu" or "reference"; None chooses.
+        backend: "cpu", "triton" or "reference"; None chooses.
 
     Returns:
         The shape and dtype of x, contiguous.

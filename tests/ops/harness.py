@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from typing import TypeVar
 
 import pytest
 import torch
@@ -17,18 +18,31 @@ from torch import Tensor
 import fastlm
 from fastlm import native
 from fastlm._dispatch import Op, Request
+from fastlm.kernels import _platform
 
 FORWARD, BACKWARD = 2.0, 3.0
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 
-BACKENDS = ["reference", *(f"cpu-{isa}" for isa in native.isas())]
+INTERPRETED = _platform.INTERPRETED
+"""In a run of its own, with TRITON_INTERPRET=1: the Triton kernels in Python on CPU tensors, and nothing else."""
+GPU = not INTERPRETED and _platform.missing() is None
+KERNELS = ["triton"] if INTERPRETED else [*(f"cpu-{isa}" for isa in native.isas()), *(["triton"] if GPU else [])]
+BACKENDS = KERNELS if INTERPRETED else ["reference", *KERNELS]
 each_backend = pytest.mark.parametrize("backend", BACKENDS)
 each_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=lambda d: str(d).removeprefix("torch."))
 
 
+T = TypeVar("T")
+
+
+def sizes(full: T, small: T) -> T:
+    """A large case for compiled kernels, and its small form for Triton's interpreter, which takes ms for a program."""
+    return small if INTERPRETED else full
+
+
 @contextmanager
 def on(backend: str) -> Iterator[None]:
-    """Within the block ops run on "reference" or "cpu-<instruction set>"."""
+    """Within the block ops run on "reference", "triton" or "cpu-<instruction set>"."""
     name, _, isa = backend.partition("-")
     before = native.isa()
     if isa:
@@ -66,7 +80,7 @@ def differentiate(
 def upstream_for(outputs: Sequence[Tensor], seed: int = 1) -> list[Tensor]:
     """Random gradients, the same for every dtype up to its rounding."""
     generator = torch.Generator().manual_seed(seed)
-    return [torch.randn(o.shape, generator=generator).to(torch.bfloat16) for o in outputs]
+    return [torch.randn(o.shape, generator=generator, device="cpu").to(o.device, torch.bfloat16) for o in outputs]
 
 
 def assert_accurate(

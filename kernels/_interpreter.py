@@ -1,0 +1,100 @@
+"""Mends Triton's interpreter for bfloat16; imported by _launch when TRITON_INTERPRET=1.
+
+Triton 3.6 to 3.9 keep bfloat16 as uint16 there and compute on those integers: products, sums, comparisons and negation
+are wrong, conversions from float32 truncate. Here every operation on bfloat16 widens to float32, computes, and rounds
+to nearest even. Reductions (tl.sum) stay wrong: the kernels reduce in float32.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import triton.language as tl
+from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
+
+BF16 = tl.bfloat16
+
+
+def widen(bits: np.ndarray) -> np.ndarray:
+    """bfloat16 in uint16 to float32."""
+    return (bits.astype(np.uint32) << 16).view(np.float32)
+
+
+def narrow(values: np.ndarray) -> np.ndarray:
+    """float32 to bfloat16 in uint16, to nearest even; a NaN stays one."""
+    values = np.ascontiguousarray(values, dtype=np.float32)
+    bits = values.view(np.uint32)
+    rounded = ((bits + ((bits >> 16) & 1) + np.uint32(0x7FFF)) >> 16).astype(np.uint16)
+    return np.where(np.isnan(values), np.uint16(0x7FC0), rounded)
+
+
+def is_bf16(value: Any) -> bool:
+    return isinstance(value, TensorHandle) and value.dtype.scalar == BF16
+
+
+def wide(handle: TensorHandle) -> TensorHandle:
+    return TensorHandle(widen(handle.data), tl.float32) if is_bf16(handle) else handle
+
+
+def rounded(data: np.ndarray) -> TensorHandle:
+    return TensorHandle(narrow(data), BF16)
+
+
+def _cast(original: Callable[..., TensorHandle]) -> Callable[..., TensorHandle]:
+    def cast_impl(self: Any, src: TensorHandle, dst_type: Any) -> TensorHandle:
+        source, target = src.dtype.scalar, dst_type.scalar
+        if source == target:
+            return src
+        if source == BF16:
+            src = wide(src)
+            return src if target == tl.float32 else original(self, src, dst_type)
+        if target == BF16:
+            return rounded(src.data.astype(np.float32))
+        return original(self, src, dst_type)
+
+    return cast_impl
+
+
+def _convert(original: Callable[..., TensorHandle]) -> Callable[..., TensorHandle]:
+    def create_fp_to_fp(self: Any, src: TensorHandle, dst_type: Any, rounding_mode: Any) -> TensorHandle:
+        kinds = (src.dtype.scalar, dst_type.scalar)
+        if BF16 in kinds and min(kind.primitive_bitwidth for kind in kinds) > 8:
+            return self.cast_impl(src, dst_type)
+        return original(self, src, dst_type, rounding_mode)
+
+    return create_fp_to_fp
+
+
+def _dot(original: Callable[..., TensorHandle]) -> Callable[..., TensorHandle]:
+    def create_dot(self: Any, a: TensorHandle, b: TensorHandle, d: TensorHandle, *rest: Any) -> TensorHandle:
+        result = original(self, wide(a), wide(b), wide(d), *rest)
+        return rounded(result.data) if is_bf16(d) else result
+
+    return create_dot
+
+
+def _binary(original: Callable[..., TensorHandle]) -> Callable[..., TensorHandle]:
+    def binary_op(self: Any, lhs: TensorHandle, rhs: TensorHandle, op: Callable[..., np.ndarray]) -> TensorHandle:
+        if not is_bf16(lhs) and not is_bf16(rhs):
+            return original(self, lhs, rhs, op)
+        data = op(wide(lhs).data, wide(rhs).data)
+        return TensorHandle(data, tl.int1) if data.dtype == np.bool_ else rounded(data)
+
+    return binary_op
+
+
+def _unary(original: Callable[..., TensorHandle]) -> Callable[..., TensorHandle]:
+    def unary_op(self: Any, arg: TensorHandle, op: Callable[..., np.ndarray]) -> TensorHandle:
+        return rounded(op(widen(arg.data))) if is_bf16(arg) else original(self, arg, op)
+
+    return unary_op
+
+
+for _name, _mend in (
+    ("cast_impl", _cast), ("create_fp_to_fp", _convert), ("create_dot", _dot), ("binary_op", _binary),
+    ("unary_op", _unary),
+):  # fmt: skip
+    setattr(InterpreterBuilder, _name, _mend(getattr(InterpreterBuilder, _name)))
+InterpreterBuilder.get_bf16 = lambda self, value: rounded(np.array([value], dtype=np.float32))

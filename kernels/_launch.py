@@ -1,0 +1,199 @@
+"""From tensors to a running Triton kernel: every kernel of the package is started by launch().
+
+Triton's own `kernel[grid](...)` binds, specialises and looks up by string at each call. launch() keeps the compiled
+kernel under a key made of what the specialisation depends on (dtypes, 16-byte alignment, integers that are 1 or
+divisible by 16, constants) and calls Triton's launcher directly; the first call for a key goes Triton's way.
+
+While recording(), nothing runs: launches are noted in the configuration they would have on the target, which is how the
+kernels are compiled ahead of time without a GPU (bench/ahead_of_time.py). Tensors may then be on the device "meta".
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+import triton
+from torch import Tensor
+from triton import knobs
+
+from fastlm.kernels._platform import INTERPRETED
+
+if INTERPRETED:
+    from fastlm.kernels import _interpreter  # noqa: F401  makes bfloat16 right there
+
+
+class Target(NamedTuple):
+    """What a kernel's configuration may depend on."""
+
+    backend: str
+    """cuda or hip."""
+    arch: int
+    """80, 90, 100, ...; 0 for hip."""
+    sms: int
+    """Streaming multiprocessors."""
+    shared: int
+    """Bytes of shared memory a block can have."""
+
+
+INTERPRETER = Target("cuda", 90, 4, 227 << 10)
+
+
+@functools.cache
+def _target(index: int) -> Target:
+    found = triton.runtime.driver.active.utils.get_device_properties(index)
+    major, minor = torch.cuda.get_device_capability(index)
+    backend, arch = ("cuda", 10 * major + minor) if torch.version.hip is None else ("hip", 0)
+    return Target(backend, arch, found["multiprocessor_count"], found["max_shared_mem"])
+
+
+def target(tensor: Tensor) -> Target:
+    """The GPU the tensor lies on, or the one recorded for."""
+    if _recording is not None:
+        return _recording[0]
+    return INTERPRETER if INTERPRETED else _target(tensor.get_device())
+
+
+# --- memory ----------------------------------------------------------------------------------------------------------
+
+
+def _allocate(shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> Tensor:  # replaced by the tests
+    return torch.empty(shape, dtype=dtype, device=device)
+
+
+def empty(shape: Sequence[int], like: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+    """Every output and scratch of a kernel comes from here, so that the tests can put canaries around it."""
+    return _allocate(tuple(shape), dtype or like.dtype, like.device)
+
+
+# --- launching -------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Launch:
+    """A launch as it was recorded: all that triton.compile needs."""
+
+    kernel: Any
+    grid: tuple[int, ...]
+    signature: dict[str, str]
+    constants: dict[str, Any]
+    divisible: tuple[int, ...]
+    """Positions of the arguments that are multiples of 16."""
+    num_warps: int
+    num_stages: int
+
+
+_recording: tuple[Target, list[Launch]] | None = None
+_compiled: dict[tuple[Any, ...], tuple[Any, ...]] = {}
+_INT32 = 1 << 31
+_TYPES = {
+    torch.float64: "fp64", torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16", torch.int64: "i64",
+    torch.int32: "i32", torch.int16: "i16", torch.int8: "i8", torch.uint8: "u8", torch.bool: "i1",
+}  # fmt: skip
+
+
+@contextmanager
+def recording(target: Target) -> Iterator[list[Launch]]:
+    """Within the block launches are recorded for this target and nothing runs."""
+    global _recording
+    before, _recording = _recording, (target, [])
+    try:
+        yield _recording[1]
+    finally:
+        _recording = before
+
+
+def launch(
+    kernel: Any, grid: tuple[int, ...], *args: Any, num_warps: int = 4, num_stages: int = 2, **constants: Any
+) -> None:
+    """Starts a kernel on the current stream of the device of the first argument, a tensor.
+
+    Args:
+        kernel: the @triton.jit function; its tl.constexpr parameters come last.
+        grid: programs in x, y, z; y and z at most 65535. Nothing happens where one is 0.
+        args: tensors, None, ints and floats, in the kernel's order. Whoever calls has checked dtypes and devices.
+        constants: the tl.constexpr parameters by name.
+    """
+    if 0 in grid:
+        return
+    if len(grid) > 1 and max(grid[1:]) > 65535:
+        raise ValueError(f"grid of {kernel.__name__} must be at most 65535 in y and z, got {grid}")
+    if _recording is not None:
+        _recording[1].append(_record(kernel, grid, args, constants, num_warps, num_stages))
+        return
+    if INTERPRETED:
+        with np.errstate(all="ignore"):  # a GPU does not warn that exp() overflowed
+            kernel[grid](*args, num_warps=num_warps, num_stages=num_stages, **constants)
+        return
+    device = args[0].get_device()
+    if device != torch._C._cuda_getDevice():
+        with torch.cuda.device(device):
+            launch(kernel, grid, *args, num_warps=num_warps, num_stages=num_stages, **constants)
+        return
+    key = (kernel, device, num_warps, num_stages, *constants.items(), *map(_specialisation, args))
+    found = _compiled.get(key)
+    if found is None or knobs.runtime.launch_enter_hook.calls:  # a profiler wants Triton's own way
+        compiled = kernel[grid](*args, num_warps=num_warps, num_stages=num_stages, **constants)
+        rest = tuple(constants.get(name, _default(kernel, name)) for name in kernel.arg_names[len(args) :])
+        _compiled[key] = (compiled, rest)
+        return
+    compiled, rest = found
+    x, y, z = (*grid, 1, 1)[:3]
+    stream = torch._C._cuda_getCurrentRawStream(device)
+    compiled.run(x, y, z, stream, compiled.function, compiled.packed_metadata, None, None, None, *args, *rest)
+
+
+def _specialisation(value: Any) -> Any:
+    """What the compiled code depends on, as Triton specialises its arguments."""
+    kind = type(value)
+    if kind is int:
+        return 1 if value == 1 else (0 if value & 15 else 16) + (0 if -_INT32 <= value < _INT32 else 64)
+    if kind is float or value is None:
+        return kind
+    return value.dtype, value.data_ptr() & 15 == 0
+
+
+def _default(kernel: Any, name: str) -> Any:
+    return kernel.signature.parameters[name].default
+
+
+def _record(
+    kernel: Any,
+    grid: tuple[int, ...],
+    args: tuple[Any, ...],
+    constants: dict[str, Any],
+    num_warps: int,
+    num_stages: int,
+) -> Launch:
+    signature, fixed, divisible = {}, {}, []
+    for position, (name, value) in enumerate(zip(kernel.arg_names, args, strict=False)):
+        if value is None or (type(value) is int and value == 1):
+            signature[name], fixed[name] = "constexpr", value
+        elif isinstance(value, Tensor):
+            signature[name] = f"*{_TYPES[value.dtype]}"
+            if value.storage_offset() * value.itemsize % 16 == 0:
+                divisible.append(position)
+        elif isinstance(value, float):
+            signature[name] = "fp32"
+        else:
+            signature[name] = "i32" if -_INT32 <= value < _INT32 else "i64"
+            if value % 16 == 0:
+                divisible.append(position)
+    for name in kernel.arg_names[len(args) :]:
+        signature[name] = "constexpr"
+        fixed[name] = constants[name] if name in constants else _default(kernel, name)
+    return Launch(kernel, grid, signature, fixed, tuple(divisible), num_warps, num_stages)
+
+
+def next_power_of_2(n: int) -> int:
+    """The smallest power of two that is at least n; 1 for 0."""
+    return triton.next_power_of_2(max(n, 1))
+
+
+def cdiv(a: int, b: int) -> int:
+    return -(-a // b)

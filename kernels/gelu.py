@@ -1,0 +1,48 @@
+"""gelu in Triton.
+
+One program takes BLOCK consecutive elements: load, widen to float32, compute, round, store. Reads x and writes y
+(backward: reads x and dy, writes dx), each once; nothing else. Hendrycks and Gimpel 2016, arXiv:1606.08415.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from fastlm.kernels._activation import gelu, gelu_slope
+from fastlm.kernels._launch import cdiv, empty, launch
+
+BLOCK, WARPS = 1024, 4
+"""Eight elements a thread: one 16-byte access of a 16-bit dtype, two of float32."""
+
+
+@triton.jit
+def _forward(x, y, size, TANH: tl.constexpr, BLOCK: tl.constexpr):
+    at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    inside = at < size
+    value = tl.load(x + at, mask=inside).to(tl.float32)
+    tl.store(y + at, gelu(value, TANH), mask=inside)
+
+
+@triton.jit
+def _backward(dy, x, dx, size, TANH: tl.constexpr, BLOCK: tl.constexpr):
+    at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    inside = at < size
+    value = tl.load(x + at, mask=inside).to(tl.float32)
+    gradient = tl.load(dy + at, mask=inside).to(tl.float32)
+    tl.store(dx + at, gradient * gelu_slope(value, TANH), mask=inside)
+
+
+def forward(x: Tensor, tanh: bool) -> Tensor:
+    x = x.contiguous()
+    y = empty(x.shape, x)
+    launch(_forward, (cdiv(x.numel(), BLOCK),), x, y, x.numel(), TANH=tanh, BLOCK=BLOCK, num_warps=WARPS)
+    return y
+
+
+def backward(dy: Tensor, x: Tensor, tanh: bool) -> Tensor:
+    x, dy = x.contiguous(), dy.contiguous()
+    dx = empty(x.shape, x)
+    launch(_backward, (cdiv(x.numel(), BLOCK),), dy, x, dx, x.numel(), TANH=tanh, BLOCK=BLOCK, num_warps=WARPS)
+    return dx
