@@ -1,4 +1,8 @@
-"""forward() and backward() of attention over the C++ extension."""
+"""forward() and backward() of attention over the C++ extension.
+
+Of the options that ops.attention calls features the kernel has none; its table says so and keeps them away. A window
+without a left side is a diagonal, as causal is.
+"""
 
 from __future__ import annotations
 
@@ -35,8 +39,11 @@ def _mask(mask: Tensor | None, shape: tuple[int, ...]) -> tuple[Tensor | None, i
     return mask, address("mask", mask, mask.dtype, contiguous=False), code, mask.expand(shape).stride()
 
 
-def _diagonal(causal: int, s: int, t: int) -> int:
-    return (EVERY_KEY, 0, t - s)[causal]
+def _diagonal(causal: int, window_right: int, s: int, t: int) -> int:
+    """The d of "query i sees key j <= i + d"."""
+    if causal == 0:
+        return EVERY_KEY if window_right < 0 else window_right
+    return 0 if causal == 1 else t - s
 
 
 def forward(
@@ -45,7 +52,18 @@ def forward(
     v: Tensor,
     mask: Tensor | None,
     seed: Tensor | None,
+    sinks: Tensor | None,
+    alibi_slopes: Tensor | None,
+    documents_q: Tensor | None,
+    documents_k: Tensor | None,
+    cu_seqlens_q: Tensor | None,
+    cu_seqlens_k: Tensor | None,
+    max_seqlen_q: int,
+    max_seqlen_k: int,
     causal: int,
+    window_left: int,
+    window_right: int,
+    softcap: float,
     scale: float,
     dropout: float,
 ) -> tuple[Tensor, Tensor]:
@@ -64,7 +82,7 @@ def forward(
         address("seed", seed, torch.int64),
         address("out", out, dtype, contiguous=False), out.stride(),
         address("lse", lse, F32), address("scratch", scratch, F32),
-        b, h, hk, s, t, d, dv, _diagonal(causal, s, t), scale, dropout, team,
+        b, h, hk, s, t, d, dv, _diagonal(causal, window_right, s, t), scale, dropout, team,
     )  # fmt: skip
     return out, lse
 
@@ -77,13 +95,24 @@ def backward(
     v: Tensor,
     mask: Tensor | None,
     seed: Tensor | None,
+    sinks: Tensor | None,
+    alibi_slopes: Tensor | None,
+    documents_q: Tensor | None,
+    documents_k: Tensor | None,
+    cu_seqlens_q: Tensor | None,
+    cu_seqlens_k: Tensor | None,
     out: Tensor,
     lse: Tensor,
+    max_seqlen_q: int,
+    max_seqlen_k: int,
     causal: int,
+    window_left: int,
+    window_right: int,
+    softcap: float,
     scale: float,
     dropout: float,
     needs_bias: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     dtype, (b, h, s, d), (hk, t, dv) = q.dtype, q.shape, v.shape[1:]
     q, k, v, out, dout = _dense(q), _dense(k), _dense(v), _dense(out), _dense(dout)
     dlse = None if dlse is None else dlse.contiguous()
@@ -112,6 +141,6 @@ def backward(
         address("dv", dvalue, dtype, contiguous=False), dvalue.stride(),
         address("dbias", dbias if needs_bias else None, F32), bias_strides,
         address("scratch", scratch, F32),
-        b, h, hk, s, t, d, dv, _diagonal(causal, s, t), scale, dropout, team,
+        b, h, hk, s, t, d, dv, _diagonal(causal, window_right, s, t), scale, dropout, team,
     )  # fmt: skip
-    return dq, dk, dvalue, dbias
+    return dq, dk, dvalue, dbias, empty((0,), F32)

@@ -2,6 +2,7 @@
 
 from fastlm.ops.adam import adam_step, grad_norm
 from fastlm.ops.attention import attention
+from fastlm.ops.attention_varlen import attention_varlen
 from fastlm.ops.cross_entropy import cross_entropy
 from fastlm.ops.gelu import gelu
 from fastlm.ops.glu import geglu, swiglu
@@ -15,6 +16,7 @@ __all__ = [
     "add_layer_norm",
     "add_rms_norm",
     "attention",
+    "attention_varlen",
     "cross_entropy",
     "geglu",
     "gelu",
