@@ -29,17 +29,18 @@ MALLOC = ("default", "tuned")
 
 def gate(suite: str) -> None:
     """Runs the op's tests, once for each state of the sources. Raises SystemExit when they fail."""
-    test = ROOT / "tests" / "ops" / f"test_{suite}.py"
-    if not test.exists():
+    tests = sorted((ROOT / "tests" / "ops").glob(f"test_{suite}*.py"))
+    if not tests:
         return
-    sources = [test, *sorted(ROOT.glob("csrc/**/*")), *sorted(ROOT.glob("fastlm/**/*.py"))]
+    patterns = ("tests/ops/*.py", "csrc/**/*", "kernels/*.py", "fastlm/**/*.py")
+    sources = [path for pattern in patterns for path in sorted(ROOT.glob(pattern))]
     digest = hashlib.sha256(b"".join(p.read_bytes() for p in sources if p.is_file())).hexdigest()[:16]
     stamp = ROOT / "build" / f"tested-{suite}-{digest}"
     if stamp.exists():
         return
     print(f"testing {suite} first ...", file=sys.stderr, flush=True)
-    if subprocess.run([sys.executable, "-m", "pytest", "-q", "-x", str(test)], cwd=ROOT).returncode:
-        raise SystemExit(f"bench: tests/ops/test_{suite}.py fails; a wrong result is not timed")
+    if subprocess.run([sys.executable, "-m", "pytest", "-q", "-x", *map(str, tests)], cwd=ROOT).returncode:
+        raise SystemExit(f"bench: tests/ops/test_{suite}*.py fail; a wrong result is not timed")
     stamp.parent.mkdir(exist_ok=True)
     stamp.touch()
 

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from fastlm import native
 from fastlm._dispatch import LOW_PRECISION, Backend, Op
+from fastlm.kernels import _platform
 from fastlm.ops._check import check_device, check_floating
 from fastlm.ops._library import cast, define, no_double_backward
 
@@ -17,6 +18,9 @@ OP = Op(
     "attention",
     Backend("cpu", "fastlm.native.attention", frozenset({"cpu"}), LOW_PRECISION, limits={"head_dim": 256},
             missing=native.missing),
+    Backend("triton", "fastlm.kernels.attention", _platform.DEVICES, LOW_PRECISION, limits={"head_dim": 256},
+            features=frozenset({"window", "softcap", "alibi_slopes", "sinks", "documents", "cu_seqlens"}),
+            missing=_platform.missing),
     Backend("reference", "fastlm.reference.attention"),
 )  # fmt: skip
 
@@ -331,7 +335,8 @@ def attention(
     Args:
         q: (B, H, S, D), float32, bfloat16, float16 or float64; any strides, a copy is made unless the last is 1.
         k: (B, Hk, T, D), v: (B, Hk, T, Dv), dtype of q; H must be a multiple of Hk, query head h reads key head
-            h // (H // Hk) (grouped and multi-query attention, nothing is repeated). D and Dv up to 256 on "cpu".
+            h // (H // Hk) (grouped and multi-query attention, nothing is repeated). D and Dv up to 256; any on
+            "reference".
         mask: broadcastable to (B, H, S, T); bool, True where attended, or floating point, added to the logits (-inf
             removes a key) and differentiable. Read through its strides: a broadcast mask is never expanded.
         causal: True or "top-left": query i sees keys j <= i; "bottom-right": j <= i + T - S. Combines with mask.
@@ -348,8 +353,8 @@ def attention(
         dropout: probability in [0, 1) that a weight is dropped; the kept ones are divided by 1 - dropout. Drawn from
             torch's default generator, and the same on every backend.
         return_lse: also return log(sum(exp(logits))), sinks included.
-        backend: "cpu" or "reference"; None chooses. "cpu" has no window with a left side, softcap, alibi_slopes, sinks
-            or documents.
+        backend: "cpu", "triton" or "reference"; None chooses. "cpu" has no window with a left side, softcap,
+            alibi_slopes, sinks or documents.
 
     Returns:
         (B, H, S, Dv), dtype of q, in memory as q is: (B, S, H, Dv) contiguous where q is a transposed (B, S, H, D).

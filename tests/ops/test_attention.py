@@ -3,27 +3,19 @@
 from __future__ import annotations
 
 import itertools
-import math
-from collections.abc import Sequence
-from functools import cache
-from typing import Any, NamedTuple
+from typing import Any
 
 import pytest
 import torch
-import torch.nn.functional as F
 from torch import Tensor
-from torch.utils.checkpoint import checkpoint
 
 import fastlm
 from fastlm import ops
 from fastlm.ops.attention import OP
-from fastlm.reference.attention import kept
+from tests.ops.attention_oracle import INF, Case, compare, expect, formula, make, prepared
 from tests.ops.harness import (
     BACKENDS,
-    BACKWARD,
-    FORWARD,
-    assert_accurate,
-    assert_all_accurate,
+    KERNELS,
     assert_same_bits,
     assert_same_values,
     differentiate,
@@ -31,30 +23,11 @@ from tests.ops.harness import (
     each_dtype,
     on,
     refuses,
+    sizes,
 )
 
-INF = float("inf")
 one_of_each = pytest.mark.parametrize("backend", dict.fromkeys([BACKENDS[0], BACKENDS[-1]]))  # what no ISA changes
 ARGUMENTS = {"q": torch.ones(2, 4, 3, 8), "k": torch.ones(2, 2, 5, 8), "v": torch.ones(2, 2, 5, 6)}
-GRADS = ("dq", "dk", "dv", "dmask")
-
-
-class Case(NamedTuple):
-    B: int
-    H: int
-    Hk: int
-    S: int
-    T: int
-    D: int
-    Dv: int
-    causal: Any = False
-    mask: str = ""
-    scale: float | None = None
-
-    def __str__(self) -> str:
-        return "-".join(str(x) for x in self if x not in ("", None))
-
-
 CASES = [
     Case(1, 1, 1, 1, 1, 1, 1),
     Case(2, 4, 4, 64, 64, 32, 32, True),
@@ -78,94 +51,6 @@ CASES = [
     Case(1, 2, 2, 65, 65, 32, 32, True, "", -0.3),
     Case(1, 2, 2, 65, 65, 32, 32, False, "", 1e-3),
 ]
-
-
-def formula(
-    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None, *, causal: Any = False, scale: float | None = None
-) -> tuple[Tensor, Tensor]:
-    """Written out, S x T and all, independently of fastlm.reference."""
-    s, t, groups = q.shape[2], k.shape[2], q.shape[1] // k.shape[1]
-    x = q @ k.repeat_interleave(groups, 1).mT * (1 / math.sqrt(q.shape[3]) if scale is None else scale)
-    if mask is not None:
-        x = x.masked_fill(~mask, -INF) if mask.dtype is torch.bool else x + mask
-    if causal:
-        diagonal = t - s if causal == "bottom-right" else 0
-        x = x.masked_fill(~torch.ones(s, t, dtype=torch.bool).tril(diagonal), -INF)
-    lse = x.logsumexp(-1)
-    blind = (x == -INF).all(-1, keepdim=True)
-    p = x.masked_fill(blind, 0).softmax(-1).masked_fill(blind, 0)
-    return p @ v.repeat_interleave(groups, 1), lse
-
-
-def eager(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, *, causal: Any, scale: float | None) -> Tensor:
-    """PyTorch's own, in the dtype of q."""
-    h, s, t = *q.shape[1:3], k.shape[2]
-    if causal:
-        below = torch.ones(s, t, dtype=torch.bool).tril(t - s if causal == "bottom-right" else 0)
-        mask = below if mask is None else mask & below if mask.dtype is torch.bool else mask.masked_fill(~below, -INF)
-    if mask is not None and mask.dtype is not torch.bool:
-        mask = mask.to(q.dtype)
-    groups = h // k.shape[1]
-    k, v = k.repeat_interleave(groups, 1), v.repeat_interleave(groups, 1)
-    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale)
-
-
-def make_mask(case: Case) -> Tensor | None:
-    if not case.mask:
-        return None
-    kind, _, dims = case.mask.partition(" ")
-    sizes = {"B": case.B, "H": case.H, "S": case.S, "T": case.T, "1": 1}
-    shape = [sizes[d] for d in dims.strip("()").split(",")]
-    return torch.rand(shape) < 0.7 if kind == "bool" else torch.randn(shape)
-
-
-def make(case: Case, dtype: torch.dtype = torch.float32) -> list[Tensor]:
-    q = torch.randn(case.B, case.H, case.S, case.D)
-    k = torch.randn(case.B, case.Hk, case.T, case.D)
-    v = torch.randn(case.B, case.Hk, case.T, case.Dv)
-    return [x.to(dtype) for x in (q, k, v)]
-
-
-class Expected(NamedTuple):
-    """Float64 and eager PyTorch, made once for all backends."""
-
-    oracle: list[Tensor]
-    oracle_grads: list[Tensor]
-    out: list[Tensor]
-    lse: Tensor
-    grads: list[Tensor]
-
-
-def expect(case: Case, tensors: Sequence[Tensor], mask: Tensor | None) -> Expected:
-    options = {"causal": case.causal, "scale": case.scale}
-    dtype, wide = tensors[0].dtype, [x.double() for x in tensors]
-    oracle, oracle_grads = differentiate(lambda *x: formula(*x, **options), [*wide, as_dtype(mask, torch.float64)])
-    with torch.no_grad():
-        out = eager(*tensors, mask, **options)
-        lse = formula(*(x.float() for x in tensors), as_dtype(mask, torch.float32), **options)[1]
-    _, grads = differentiate(lambda *x: formula(*x, **options), [*tensors, as_dtype(mask, dtype)])
-    return Expected(oracle, oracle_grads, [out], lse, grads)
-
-
-@cache
-def prepared(case: Case, dtype: torch.dtype) -> tuple[list[Tensor], Tensor | None, Expected]:
-    tensors, mask = make(case, dtype), make_mask(case)
-    return tensors, mask, expect(case, tensors, mask)
-
-
-def compare(case: Case, backend: str, tensors: list[Tensor], mask: Tensor | None, expected: Expected) -> None:
-    options = {"causal": case.causal, "scale": case.scale, "return_lse": True}
-    with on(backend):
-        (out, lse), grads = differentiate(lambda *x: ops.attention(*x[:3], mask=x[3], **options), [*tensors, mask])
-    dtype = tensors[0].dtype
-    assert out.dtype == dtype and lse.dtype == torch.float32
-    assert_all_accurate(["out"], [out], expected.oracle[:1], expected.out, FORWARD)
-    assert_accurate("lse", lse, expected.oracle[1], expected.lse, FORWARD)
-    assert_all_accurate(GRADS[: len(grads)], grads, expected.oracle_grads, expected.grads, BACKWARD)
-
-
-def as_dtype(mask: Tensor | None, dtype: torch.dtype) -> Tensor | None:
-    return mask if mask is None or mask.dtype is torch.bool else mask.to(dtype)
 
 
 @each_backend
@@ -258,180 +143,6 @@ def test_expanded_and_strided_upstream(backend: str) -> None:
             assert_same_values(backend, grads, expected, "upstream")
 
 
-@each_backend
-@pytest.mark.parametrize("kind", ["bool", "float"])
-def test_mask_strides(backend: str, kind: str) -> None:
-    """Transposed, sliced and expanded masks are read in place."""
-    tensors = make(Case(2, 2, 2, 70, 75, 16, 16))
-    mask = torch.rand(2, 2, 70, 75) < 0.6 if kind == "bool" else torch.randn(2, 2, 70, 75)
-    wide = torch.zeros(2, 2, 70, 80, dtype=mask.dtype)
-    wide[..., 3:78] = mask
-    with on(backend):
-        expected = ops.attention(*tensors, mask=mask)
-        for view in (
-            mask.mT.contiguous().mT,
-            wide[..., 3:78],
-            mask.permute(3, 2, 1, 0).contiguous().permute(3, 2, 1, 0),
-        ):
-            assert_same_values(backend, [ops.attention(*tensors, mask=view)], [expected])
-        column = mask[:, :, :, 5:6]
-        for narrow, full in ((mask[:1, :, :1], mask[:1, :, :1]), (column, column)):
-            expected = ops.attention(*tensors, mask=full.expand(2, 2, 70, 75).contiguous())
-            assert_same_values(backend, [ops.attention(*tensors, mask=narrow)], [expected])
-            assert_same_values(backend, [ops.attention(*tensors, mask=narrow.expand(2, 2, 70, 75))], [expected])
-
-
-# --- masks that hide everything, values that must not leak ------------------------------------------------------------
-
-
-@each_backend
-@each_dtype
-@pytest.mark.parametrize("kind", ["bool", "float"])
-def test_rows_that_see_no_key(backend: str, dtype: torch.dtype, kind: str) -> None:
-    case = Case(2, 2, 1, 70, 130, 32, 32)
-    tensors = make(case, dtype)
-    seen = torch.rand(2, 1, 70, 130) < 0.5
-    seen[0, :, 3], seen[1, :, 60:], seen[:, :, :, 64:128] = False, False, False
-    mask = seen if kind == "bool" else torch.zeros(seen.shape).masked_fill(~seen, -INF)
-    with on(backend):
-        (out, lse), grads = differentiate(lambda *x: ops.attention(*x, mask=mask, return_lse=True), tensors)
-    assert bool((out[0, :, 3] == 0).all()) and bool((lse[1, :, 60:] == -INF).all())
-    assert bool((grads[0][0, :, 3] == 0).all()) and bool((grads[2][:, :, 64:128] == 0).all())
-    compare(case, backend, tensors, seen, expect(case, tensors, seen))
-
-
-@each_backend
-@each_dtype
-@pytest.mark.parametrize("bad", [float("nan"), INF])
-@pytest.mark.parametrize("kind", ["bool", "-inf", "causal"])
-def test_hidden_nan_does_not_leak(backend: str, dtype: torch.dtype, bad: float, kind: str) -> None:
-    case = Case(1, 2, 2, 80, 100, 32, 32, causal=kind == "causal")
-    q, k, v = make(case, dtype)
-    mask = None
-    if kind == "causal":  # queries below 50 may not see it
-        hidden = torch.arange(100) >= 50
-    else:
-        hidden = torch.rand(100) < 0.2
-        mask = ~hidden if kind == "bool" else torch.zeros(100).masked_fill(hidden, -INF)
-    clean_k, clean_v = k.clone(), v.clone()
-    k[:, :, hidden], v[:, :, hidden] = bad, bad
-    rows = 50 if kind == "causal" else 80
-    upstream = torch.randn(1, 2, 80, 32)
-    upstream[:, :, rows:] = 0
-    run = lambda q, k, v: ops.attention(q, k, v, mask=mask, causal=case.causal)[:, :, :rows]  # noqa: E731
-    with on(backend):
-        out, grads = differentiate(run, [q, k, v])
-        expected, expected_grads = differentiate(run, [q, clean_k, clean_v])
-    torch.testing.assert_close(out[0], expected[0])
-    if kind != "causal":  # there, later queries do see it
-        tolerance = {torch.float32: 1e-5, torch.bfloat16: 0.02, torch.float16: 3e-3}[dtype]
-        for grad, want in zip(grads, expected_grads, strict=True):
-            torch.testing.assert_close(grad, want, atol=tolerance, rtol=tolerance)
-
-
-@each_backend
-@each_dtype
-def test_hidden_nan_does_not_leak_to_a_single_query(backend: str, dtype: torch.dtype) -> None:
-    """One or two queries, as in generation with a cache, have a path of their own."""
-    for case in (Case(2, 4, 2, 1, 130, 40, 24), Case(2, 4, 2, 2, 70, 64, 64)):
-        q, k, v = make(case, dtype)
-        mask = torch.rand(case.T) < 0.8
-        out, _ = differentiate(lambda *x, m=mask: formula(*x, m)[0], [q.double(), k.double(), v.double()])
-        k[:, :, ~mask], v[:, :, ~mask] = float("nan"), INF
-        with on(backend):
-            actual = ops.attention(q, k, v, mask=mask)
-        torch.testing.assert_close(actual, out[0].to(dtype), atol=4 * torch.finfo(dtype).eps, rtol=1e-2)
-
-
-@each_backend
-def test_visible_nan_does_reach_the_output(backend: str) -> None:
-    q, k, v = make(Case(1, 1, 1, 70, 70, 16, 16))
-    v[0, 0, 40, 3] = float("nan")
-    with on(backend):
-        out = ops.attention(q, k, v, causal=True)
-        assert bool(out[0, 0, 40:, 3].isnan().all()) and bool(out[0, 0, :40].isfinite().all())
-        k[0, 0, 20] = float("nan")
-        assert bool(ops.attention(q, k, v)[0, 0].isnan().all())
-
-
-@each_backend
-@each_dtype
-@pytest.mark.parametrize("shift", [-3e4, -200.0, 3e4])
-def test_far_away_logits(backend: str, dtype: torch.dtype, shift: float) -> None:
-    """lse far below -88 and far above 88; also logits that rise from tile to tile."""
-    case = Case(1, 2, 2, 70, 200, 16, 16)
-    tensors = make(case, dtype)
-    mask = shift + torch.linspace(0, 60, 200).floor()
-    with on(backend):
-        out, grads = differentiate(lambda *x: ops.attention(*x, mask=mask), tensors)
-    wide = [x.double() for x in tensors]
-    oracle, oracle_grads = differentiate(lambda *x: formula(*x, mask.double())[0], wide)
-    tolerance = max(torch.finfo(dtype).eps * 8, torch.finfo(torch.float32).eps * abs(shift))  # logits are float32
-    for a, o in zip([*out, *grads], [*oracle, *oracle_grads], strict=True):
-        assert (a.double() - o).abs().max() <= tolerance * o.abs().max()
-
-
-# --- dropout ----------------------------------------------------------------------------------------------------------
-
-
-def test_dropout_drops_its_share_independently() -> None:
-    for p in (0.1, 0.5, 0.999):
-        keep = kept(torch.tensor([1234567]), p, 2, 3, 100, 200).double()
-        share = keep.mean().item()
-        assert abs(share - (1 - p)) < 5 * math.sqrt(p * (1 - p) / keep.numel())
-        centered = keep - share
-        for dim in range(4):  # neighbours along every dimension are uncorrelated
-            n = keep.shape[dim] - 1
-            pair = (centered.narrow(dim, 0, n) * centered.narrow(dim, 1, n)).mean() / (p * (1 - p))
-            assert abs(pair.item()) < 6 / math.sqrt(keep.numel() / 2)
-    same = kept(torch.tensor([7]), 0.5, 1, 1, 300, 300) == kept(torch.tensor([8]), 0.5, 1, 1, 300, 300)
-    assert abs(same.double().mean().item() - 0.5) < 0.01
-
-
-@each_backend
-@each_dtype
-@pytest.mark.parametrize("p", [0.2, 0.999])
-def test_dropout_matches_the_formula_with_its_mask(backend: str, dtype: torch.dtype, p: float) -> None:
-    """One mask for every backend, in forward and backward."""
-    case = Case(2, 4, 2, 70, 130, 32, 32, True)
-    q, k, v = make(case, dtype)
-    torch.manual_seed(5)
-    seed = torch.randint(2**63 - 1, (1,))
-    keep = kept(seed, p, 2, 4, 70, 130)
-    below = torch.ones(70, 130, dtype=torch.bool).tril()
-
-    def dropped(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        x = (q @ k.repeat_interleave(2, 1).mT / math.sqrt(32)).masked_fill(~below, -INF)
-        return (x.softmax(-1) * keep / (1 - p)).to(v.dtype) @ v.repeat_interleave(2, 1)
-
-    def run(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        torch.manual_seed(5)
-        return ops.attention(q, k, v, causal=True, dropout=p)
-
-    with on(backend):
-        actual, grads = differentiate(run, [q, k, v])
-    oracle, oracle_grads = differentiate(dropped, [x.double() for x in (q, k, v)])
-    plain, plain_grads = differentiate(dropped, [q, k, v])
-    assert_all_accurate(["out"], actual, oracle, plain, FORWARD)
-    assert_all_accurate(GRADS[:3], grads, oracle_grads, plain_grads, BACKWARD)
-
-
-@each_backend
-def test_dropout_follows_the_generator_and_checkpointing(backend: str) -> None:
-    tensors = make(Case(1, 2, 2, 40, 40, 16, 16))
-    run = lambda *x: ops.attention(*x, causal=True, dropout=0.3)  # noqa: E731
-    with on(backend):
-        torch.manual_seed(3)
-        first, second = differentiate(run, tensors), differentiate(run, tensors)
-        assert not torch.equal(first[0][0], second[0][0])
-        torch.manual_seed(3)
-        again = differentiate(run, tensors)
-        torch.manual_seed(3)
-        recomputed = differentiate(lambda *x: checkpoint(run, *x, use_reentrant=False), tensors)
-    for other in (again, recomputed):
-        assert_same_bits([*first[0], *first[1]], [*other[0], *other[1]])
-
-
 # --- repeatability ----------------------------------------------------------------------------------------------------
 
 
@@ -452,10 +163,10 @@ def test_same_bits_again_and_for_any_thread_count(backend: str, dtype: torch.dty
         assert_same_bits(results[0], other)
 
 
-@pytest.mark.parametrize("backend", [b for b in BACKENDS if b != "reference"])
+@pytest.mark.parametrize("backend", KERNELS)
 def test_the_last_batch_alone(backend: str) -> None:
     """Many small heads, more than 65535 in all: offsets and grid limits."""
-    q, k, v = (torch.randn(8200, 8, 1, 8) for _ in range(3))
+    q, k, v = (torch.randn(sizes(8200, 20), 8, 1, 8) for _ in range(3))
     with on(backend):
         whole, alone = ops.attention(q, k, v), ops.attention(q[-1:], k[-1:], v[-1:])
     assert torch.equal(whole[-1:], alone)
@@ -521,10 +232,14 @@ def test_opcheck(backend: str) -> None:
     mask, seed = torch.randn(4, 1, 12)[None], torch.tensor([3])
     tests = ("test_schema", "test_autograd_registration", "test_faketensor", "test_aot_dispatch_dynamic")
     with on(backend):
-        library, options = torch.ops.fastlm, (1, 0.3, 0.1)
-        torch.library.opcheck(library.attention_forward, (q, k, v, mask, seed, *options, name), test_utils=tests)
-        out, lse = library.attention_forward(q, k, v, mask, seed, *options, name)
-        arguments = (torch.randn_like(out), torch.randn_like(lse), q, k, v, mask, seed, out, lse, *options, True, name)
+        library, tensors, options = (
+            torch.ops.fastlm,
+            (q, k, v, mask, seed, *[None] * 6),
+            (10, 12, 1, -1, -1, 0.0, 0.3, 0.1),
+        )
+        torch.library.opcheck(library.attention_forward, (*tensors, *options, name), test_utils=tests)
+        out, lse = library.attention_forward(*tensors, *options, name)
+        arguments = (torch.randn_like(out), torch.randn_like(lse), *tensors, out, lse, *options, True, name)
         torch.library.opcheck(library.attention_backward, arguments, test_utils=tests)
 
 
