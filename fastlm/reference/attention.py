@@ -7,9 +7,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from fastlm.reference import wide
-
-_WORD = 0xFFFFFFFF
+from fastlm.reference import _random, wide
 
 
 def like(x: Tensor, size: int, dtype: torch.dtype | None = None) -> Tensor:
@@ -20,33 +18,14 @@ def like(x: Tensor, size: int, dtype: torch.dtype | None = None) -> Tensor:
     return x.new_empty((b, h, s, size), dtype=dtype)
 
 
-def _signed(x: int) -> int:
-    return x - (1 << 64) if x >= 1 << 63 else x
-
-
-def _shift(x: Tensor, by: int) -> Tensor:
-    """Logical shift of int64."""
-    return (x >> by) & ((1 << (64 - by)) - 1)
-
-
 def kept(seed: Tensor, dropout: float, b: int, h: int, s: int, t: int, keys: Tensor | None = None) -> Tensor:
-    """(B, H, S, T), False where dropped. Bit for bit the mask of csrc/cpu/attention.h, which documents the hash.
+    """(B, H, S, T), False where dropped. Bit for bit the mask of every backend.
 
     It takes the number of the row, (b * H + h) * S + s, and that of the key: `keys` (T,), or its index. Packed
     sequences count rows through the whole pack and keys from the start of their sequence.
     """
-    row = torch.arange(1, b * h * s + 1, device=seed.device)
-    z = seed.reshape(()) + row * _signed(0x9E3779B97F4A7C15)
-    z = (z ^ _shift(z, 30)) * _signed(0xBF58476D1CE4E5B9)
-    z = (z ^ _shift(z, 27)) * _signed(0x94D049BB133111EB)
-    z = (z ^ _shift(z, 31)).view(b, h, s, 1)
-    if keys is None:
-        keys = torch.arange(t, device=seed.device)
-    u = (z & _WORD) ^ ((keys.long() * 0x9E3779B1) & _WORD)
-    u = ((u ^ (u >> 16)) * 0x7FEB352D) & _WORD
-    u = ((u ^ (u >> 15)) + _shift(z, 32)) & _WORD
-    u = (u * 0x846CA68B) & _WORD
-    return u ^ (u >> 16) >= min(int(dropout * 2**32), _WORD)
+    keys = torch.arange(t, device=seed.device) if keys is None else keys
+    return _random.kept(seed, dropout, b * h * s, keys).view(b, h, s, t)
 
 
 class _Rows(NamedTuple):
