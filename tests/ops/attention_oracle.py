@@ -3,19 +3,22 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import cache
 from typing import Any, NamedTuple
 
+import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+import fastlm
 from fastlm import ops
-from tests.ops.harness import BACKWARD, FORWARD, assert_accurate, assert_all_accurate, differentiate, on
+from fastlm.ops.attention import OP
+from fastlm.reference.attention import kept
+from tests.ops.harness import BACKWARD, FORWARD, assert_accurate, assert_all_accurate, differentiate, on, refuses
 
-INF = float("inf")
-GRADS = ("dq", "dk", "dv", "dmask")
+INF, SEED = float("inf"), 5
 
 
 class Case(NamedTuple):
@@ -29,37 +32,123 @@ class Case(NamedTuple):
     causal: Any = False
     mask: str = ""
     scale: float | None = None
+    window: tuple[int | None, int | None] | None = None
+    softcap: float | None = None
+    alibi: str = ""
+    """Its dimensions, "H" or "BH"."""
+    sinks: str = ""
+    """"q": in the dtype of q, "float32"."""
+    documents: str = ""
+    """"sorted", "random" or "pair": with ids of their own for the keys."""
+    dropout: float | None = None
 
     def __str__(self) -> str:
-        return "-".join(str(x) for x in self if x not in ("", None))
+        options = (f"{k}={v}" for k, v in zip(self._fields[10:], self[10:], strict=True) if v not in ("", None))
+        return "-".join([*(str(x) for x in self[:10] if x not in ("", None)), *options])
+
+
+class Problem(NamedTuple):
+    """A call: what is differentiable, and the rest."""
+
+    inputs: list[Tensor | None]
+    """q, k, v, mask, sinks."""
+    options: dict[str, Any]
+
+    def run(self, function: Callable[..., Any], dtype: torch.dtype | None = None) -> tuple[list[Tensor], list[Tensor]]:
+        """(out, lse) and gradients, with every floating input in the dtype."""
+        inputs = [x if x is None or x.dtype is torch.bool else x.to(dtype or x.dtype) for x in self.inputs]
+        return differentiate(lambda q, k, v, m, s: function(q, k, v, mask=m, sinks=s, **self.options), inputs)
+
+    def names(self) -> list[str]:
+        names = zip(("dq", "dk", "dv", "dmask", "dsinks"), self.inputs, strict=True)
+        return [name for name, x in names if x is not None and x.is_floating_point()]
+
+    def features(self) -> set[str]:
+        q, k = self.inputs[:2]
+        assert q is not None and k is not None
+        found = {name for name in ("softcap", "alibi_slopes", "documents") if self.options.get(name) is not None}
+        if self.inputs[4] is not None:
+            found.add("sinks")
+        left = (self.options.get("window") or (None, None))[0]
+        longest = (k if self.options.get("causal") == "bottom-right" else q).shape[2]
+        if left is not None and 0 <= left < longest - 1:
+            found.add("window")
+        return found
+
+
+def visible(s: int, t: int, causal: Any = False, window: Any = None, documents: Any = None) -> tuple[Tensor, Tensor]:
+    """(S, T) or (B, 1, S, T), which keys a query sees; (S, T), how far they stand apart."""
+    i, j = torch.arange(s).unsqueeze(1), torch.arange(t)
+    if causal == "bottom-right":
+        i = i + t - s
+    seen = torch.ones(s, t, dtype=torch.bool)
+    if causal:
+        seen &= j <= i
+    left, right = window or (None, None)
+    if left not in (None, -1):
+        seen &= j >= i - left
+    if right not in (None, -1):
+        seen &= j <= i + right
+    if documents is not None:
+        first, second = (documents, documents) if isinstance(documents, Tensor) else documents
+        seen = seen & (first[:, None, :, None] == second[:, None, None, :])
+    return seen, (i - j).abs()
 
 
 def formula(
-    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None, *, causal: Any = False, scale: float | None = None
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    mask: Tensor | None = None,
+    sinks: Tensor | None = None,
+    *,
+    causal: Any = False,
+    window: Any = None,
+    softcap: float | None = None,
+    alibi_slopes: Tensor | None = None,
+    documents: Any = None,
+    scale: float | None = None,
+    dropout: float = 0.0,
 ) -> tuple[Tensor, Tensor]:
-    """Written out, S x T and all, independently of fastlm.reference."""
-    s, t, groups = q.shape[2], k.shape[2], q.shape[1] // k.shape[1]
-    x = q @ k.repeat_interleave(groups, 1).mT * (1 / math.sqrt(q.shape[3]) if scale is None else scale)
+    """Written out, S x T and all, independently of fastlm.reference but for the hash of dropout."""
+    (b, h, s, d), t = q.shape, k.shape[2]
+    k, v = (x.repeat_interleave(h // k.shape[1], 1) for x in (k, v))
+    x = q @ k.mT * (1 / math.sqrt(d) if scale is None else scale)
+    if softcap is not None:
+        x = softcap * torch.tanh(x / softcap)
+    seen, distance = visible(s, t, causal, window, documents)
+    if alibi_slopes is not None:
+        slopes = alibi_slopes.to(x.dtype)
+        x = x - (slopes if slopes.dim() == 2 else slopes.unsqueeze(0))[:, :, None, None] * distance
     if mask is not None:
         x = x.masked_fill(~mask, -INF) if mask.dtype is torch.bool else x + mask
-    if causal:
-        diagonal = t - s if causal == "bottom-right" else 0
-        x = x.masked_fill(~torch.ones(s, t, dtype=torch.bool).tril(diagonal), -INF)
+    x = x.masked_fill(~seen, -INF)
+    if sinks is not None:
+        x = torch.cat([x, sinks.to(x.dtype)[None, :, None, None].expand(b, h, s, 1)], -1)
     lse = x.logsumexp(-1)
     blind = (x == -INF).all(-1, keepdim=True)
-    p = x.masked_fill(blind, 0).softmax(-1).masked_fill(blind, 0)
-    return p @ v.repeat_interleave(groups, 1), lse
+    p = x.masked_fill(blind, 0).softmax(-1).masked_fill(blind, 0)[..., :t]
+    if dropout:
+        p = (p * kept(dropout_seed(), dropout, b, h, s, t) / (1 - dropout)).to(v.dtype)
+    return p @ v, lse
 
 
-def eager(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, *, causal: Any, scale: float | None) -> Tensor:
+def dropout_seed() -> Tensor:
+    """What ops.attention draws next after torch.manual_seed(SEED)."""
+    torch.manual_seed(SEED)
+    return torch.randint(2**63 - 1, (1,))
+
+
+def eager(
+    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None, *, causal: Any = False, scale: float | None = None
+) -> Tensor:
     """PyTorch's own, in the dtype of q."""
-    h, s, t = *q.shape[1:3], k.shape[2]
+    groups = q.shape[1] // k.shape[1]
     if causal:
-        below = torch.ones(s, t, dtype=torch.bool).tril(t - s if causal == "bottom-right" else 0)
+        below, _ = visible(q.shape[2], k.shape[2], causal)
         mask = below if mask is None else mask & below if mask.dtype is torch.bool else mask.masked_fill(~below, -INF)
     if mask is not None and mask.dtype is not torch.bool:
         mask = mask.to(q.dtype)
-    groups = h // k.shape[1]
     k, v = k.repeat_interleave(groups, 1), v.repeat_interleave(groups, 1)
     return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale)
 
@@ -73,6 +162,17 @@ def make_mask(case: Case) -> Tensor | None:
     return torch.rand(shape) < 0.7 if kind == "bool" else torch.randn(shape)
 
 
+def make_documents(case: Case) -> Any:
+    """Some ids differ in their upper 32 bits alone, some are negative; "pair" has queries whose document has no key."""
+    ids = torch.tensor([3, -3, 3 + 2**32, 0])
+    if case.documents == "pair":
+        return ids[torch.randint(4, (case.B, case.S))], ids[torch.randint(3, (case.B, case.T))]
+    numbers = torch.randint(4, (case.B, case.S))
+    if case.documents == "sorted":
+        return numbers.sort(-1).values.int()
+    return ids[numbers]
+
+
 def make(case: Case, dtype: torch.dtype = torch.float32) -> list[Tensor]:
     q = torch.randn(case.B, case.H, case.S, case.D)
     k = torch.randn(case.B, case.Hk, case.T, case.D)
@@ -80,43 +180,76 @@ def make(case: Case, dtype: torch.dtype = torch.float32) -> list[Tensor]:
     return [x.to(dtype) for x in (q, k, v)]
 
 
+def make_problem(case: Case, dtype: torch.dtype = torch.float32) -> Problem:
+    tensors, sinks = make(case, dtype), None
+    options: dict[str, Any] = {"causal": case.causal, "scale": case.scale}
+    options |= {name: value for name in ("window", "softcap", "dropout") if (value := getattr(case, name)) is not None}
+    if case.alibi:
+        slopes = torch.rand((case.B, case.H) if case.alibi == "BH" else (case.H,))
+        options["alibi_slopes"] = slopes / 4
+    if case.documents:
+        options["documents"] = make_documents(case)
+    if case.sinks:
+        sinks = torch.randn(case.H).to(dtype if case.sinks == "q" else torch.float32)
+    return Problem([*tensors, make_mask(case), sinks], options)
+
+
 class Expected(NamedTuple):
     """Float64 and eager PyTorch, made once for all backends."""
 
     oracle: list[Tensor]
     oracle_grads: list[Tensor]
-    out: list[Tensor]
+    out: Tensor
     lse: Tensor
     grads: list[Tensor]
 
 
-def expect(case: Case, tensors: Sequence[Tensor], mask: Tensor | None) -> Expected:
-    options = {"causal": case.causal, "scale": case.scale}
-    dtype, wide = tensors[0].dtype, [x.double() for x in tensors]
-    oracle, oracle_grads = differentiate(lambda *x: formula(*x, **options), [*wide, as_dtype(mask, torch.float64)])
-    with torch.no_grad():
-        out = eager(*tensors, mask, **options)
-        lse = formula(*(x.float() for x in tensors), as_dtype(mask, torch.float32), **options)[1]
-    _, grads = differentiate(lambda *x: formula(*x, **options), [*tensors, as_dtype(mask, dtype)])
-    return Expected(oracle, oracle_grads, [out], lse, grads)
+def expect(problem: Problem) -> Expected:
+    q, k, v, mask, sinks = problem.inputs
+    assert q is not None
+    oracle, oracle_grads = problem.run(formula, torch.float64)
+    (out, _), grads = problem.run(formula, q.dtype)
+    if problem.options.keys() <= {"causal", "scale"} and sinks is None:  # closer than the formula in bfloat16
+        with torch.no_grad():
+            out = eager(q, k, v, mask, **problem.options)
+    (_, lse), _ = problem.run(formula, torch.float32)
+    return Expected(oracle, oracle_grads, out, lse, grads)
 
 
 @cache
-def prepared(case: Case, dtype: torch.dtype) -> tuple[list[Tensor], Tensor | None, Expected]:
-    tensors, mask = make(case, dtype), make_mask(case)
-    return tensors, mask, expect(case, tensors, mask)
+def _prepared(case: Case, dtype: torch.dtype, device: torch.device) -> tuple[Problem, Expected]:
+    problem = make_problem(case, dtype)
+    return problem, expect(problem)
 
 
-def compare(case: Case, backend: str, tensors: list[Tensor], mask: Tensor | None, expected: Expected) -> None:
-    options = {"causal": case.causal, "scale": case.scale, "return_lse": True}
+def prepared(case: Case, dtype: torch.dtype) -> tuple[Problem, Expected]:
+    return _prepared(case, dtype, torch.get_default_device())
+
+
+def compare(backend: str, problem: Problem, expected: Expected) -> None:
+    """Where the backend declares reasons against the call, it must raise; else be as accurate as the rule says."""
+    q, _, v, *_ = problem.inputs
+    assert q is not None and v is not None
+
+    def run(*tensors: Any, **options: Any) -> Any:
+        torch.manual_seed(SEED)
+        return ops.attention(*tensors, return_lse=True, **options)
+
     with on(backend):
-        (out, lse), grads = differentiate(lambda *x: ops.attention(*x[:3], mask=x[3], **options), [*tensors, mask])
-    dtype = tensors[0].dtype
-    assert out.dtype == dtype and lse.dtype == torch.float32
-    assert_all_accurate(["out"], [out], expected.oracle[:1], expected.out, FORWARD)
+        if refuses(OP, backend, q, problem.features(), head_dim=max(q.shape[3], v.shape[3])):
+            with pytest.raises(fastlm.UnsupportedError, match="it has no"):
+                problem.run(run)
+            return
+        (out, lse), grads = problem.run(run)
+    assert out.dtype == q.dtype and lse.dtype == torch.float32
+    assert_accurate("out", out, expected.oracle[0], expected.out, FORWARD)
     assert_accurate("lse", lse, expected.oracle[1], expected.lse, FORWARD)
-    assert_all_accurate(GRADS[: len(grads)], grads, expected.oracle_grads, expected.grads, BACKWARD)
+    assert_all_accurate(problem.names(), grads, expected.oracle_grads, expected.grads, BACKWARD)
 
 
-def as_dtype(mask: Tensor | None, dtype: torch.dtype) -> Tensor | None:
-    return mask if mask is None or mask.dtype is torch.bool else mask.to(dtype)
+def check(
+    backend: str, tensors: Sequence[Tensor], mask: Tensor | None = None, sinks: Tensor | None = None, **options: Any
+) -> None:
+    """compare() for one call; options are those of ops.attention."""
+    problem = Problem([*tensors, mask, sinks], options)
+    compare(backend, problem, expect(problem))
