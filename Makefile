@@ -17,12 +17,13 @@ else
   INSTALL_TORCH = $(PIP) install "torch>=2.11"
 endif
 
-.PHONY: help demo test lint bench clean
+.PHONY: help demo test amd lint bench clean
 
 help:
 	@echo "make demo   train a small GPT on real text, about 2 minutes, and show its work"
 	@echo "make test   run the whole test suite"
 	@echo "make lint   ruff, mypy, clang-format"
+	@echo "make amd    compile the Triton kernels for an AMD GPU, minutes"
 	@echo "make bench  time every op against its peers"
 	@echo "make clean  remove the build; .venv stays"
 
@@ -38,8 +39,13 @@ $(VENV)/.installed: setup.py pyproject.toml Makefile $(shell find csrc -type f)
 demo: $(VENV)/.installed
 	@$(BIN)/fastlm demo $(ARGS)
 
+# The second run has the Triton kernels compute on the CPU, in Triton's interpreter: a switch of the whole process.
 test: $(VENV)/.installed
 	@$(BIN)/python -m pytest -q tests
+	@if $(BIN)/python -c "import triton" 2>/dev/null; then TRITON_INTERPRET=1 $(BIN)/python -m pytest -q tests/ops; fi
+
+amd: $(VENV)/.installed
+	@$(BIN)/python -m bench.ahead_of_time --chip gfx942
 
 lint: $(VENV)/.installed
 	@$(PIP) install --no-build-isolation -e ".[lint]"
