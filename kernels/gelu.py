@@ -2,6 +2,9 @@
 
 One program takes BLOCK consecutive elements: load, widen to float32, compute, round, store. Reads x and writes y
 (backward: reads x and dy, writes dx), each once; nothing else. Hendrycks and Gimpel 2016, arXiv:1606.08415.
+
+Lost: Phi from erf. It needs more instructions (304 for eight bfloat16 elements, sm_90) than the tail's own formula and
+loses the tail. A second polynomial for 16-bit results saves three multiplications.
 """
 
 from __future__ import annotations
@@ -10,7 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastlm.kernels._activation import gelu, gelu_slope
+from fastlm.kernels._activation import gelu
 from fastlm.kernels._launch import cdiv, empty, launch
 
 BLOCK, WARPS = 1024, 4
@@ -21,17 +24,17 @@ BLOCK, WARPS = 1024, 4
 def _forward(x, y, size, TANH: tl.constexpr, BLOCK: tl.constexpr):
     at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     inside = at < size
-    value = tl.load(x + at, mask=inside).to(tl.float32)
-    tl.store(y + at, gelu(value, TANH), mask=inside)
+    value, _ = gelu(tl.load(x + at, mask=inside).to(tl.float32), TANH, x.dtype.element_ty == tl.float32)
+    tl.store(y + at, value, mask=inside)
 
 
 @triton.jit
 def _backward(dy, x, dx, size, TANH: tl.constexpr, BLOCK: tl.constexpr):
     at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     inside = at < size
-    value = tl.load(x + at, mask=inside).to(tl.float32)
     gradient = tl.load(dy + at, mask=inside).to(tl.float32)
-    tl.store(dx + at, gradient * gelu_slope(value, TANH), mask=inside)
+    _, slope = gelu(tl.load(x + at, mask=inside).to(tl.float32), TANH, x.dtype.element_ty == tl.float32)
+    tl.store(dx + at, gradient * slope, mask=inside)
 
 
 def forward(x: Tensor, tanh: bool) -> Tensor:
