@@ -11,6 +11,7 @@ kernels are compiled ahead of time without a GPU (bench/ahead_of_time.py). Tenso
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -69,6 +70,31 @@ def _allocate(shape: Sequence[int], dtype: torch.dtype, device: torch.device) ->
 def empty(shape: Sequence[int], like: Tensor, dtype: torch.dtype | None = None) -> Tensor:
     """Every output and scratch of a kernel comes from here, so that the tests can put canaries around it."""
     return _allocate(tuple(shape), dtype or like.dtype, like.device)
+
+
+def rows(tensor: Tensor) -> Tensor:
+    """(..., N) as (M, N) with a contiguous last dimension: a view where strides allow, else a copy."""
+    n = tensor.shape[-1]
+    flat = tensor.reshape(-1, n) if tensor.numel() else tensor.reshape(tensor.shape[:-1].numel(), n)
+    return flat if flat.stride(1) == 1 or n <= 1 else flat.contiguous()
+
+
+def tile(n: int, elements: int) -> tuple[int, int]:
+    """Rows and columns, powers of two, of tiles with this many elements (a power of two) that cover rows of n.
+
+    The width is a power of two that divides n where one of at least 128 does, so that no lane idles.
+    """
+    width = n & -n if n & -n >= 128 else next_power_of_2(n)
+    return max(elements // width, 1), min(width, elements)
+
+
+def unit(*sizes: int) -> int:
+    """The largest power of two up to 16 that divides all: what rows and strides are counted in.
+
+    Triton knows of an integer argument only whether 16 divides it. A kernel given size // unit and UNIT knows that UNIT
+    divides their product, and loads 16 bytes at once from rows of 1000 bfloat16.
+    """
+    return math.gcd(16, *sizes)
 
 
 # --- launching -------------------------------------------------------------------------------------------------------

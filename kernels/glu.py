@@ -16,29 +16,29 @@ import triton.language as tl
 from torch import Tensor
 
 from fastlm.kernels._activation import activate
-from fastlm.kernels._launch import cdiv, empty, launch, rows, tile
+from fastlm.kernels._launch import cdiv, empty, launch, rows, tile, unit
 
 BLOCK, WARPS = 1024, 4
 """Eight elements a thread of each tensor: one 16-byte access of a 16-bit dtype, two of float32."""
 
 
 @triton.jit
-def _place(m, n, ROWS: tl.constexpr, COLS: tl.constexpr):
-    """Row and column indices of this program's tile and whether they exist; neighbours in a row come first."""
+def _place(m, n, UNIT: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr):
+    """Rows times UNIT and columns of this program's tile, and whether they exist; neighbours in a row come first."""
     across = tl.cdiv(n, COLS)
     row = (tl.program_id(0) // across).to(tl.int64) * ROWS + tl.arange(0, ROWS)[:, None]
     col = tl.program_id(0) % across * COLS + tl.arange(0, COLS)[None, :]
-    return row, col, (row < m) & (col < n)
+    return row * UNIT, col, (row < m) & (col < n)
 
 
 @triton.jit
 def _forward(
     gate, up, y, gate_row, up_row, m, n,
-    PACKED: tl.constexpr, ACTIVATION: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr,
+    PACKED: tl.constexpr, ACTIVATION: tl.constexpr, UNIT: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr,
 ):  # fmt: skip
-    row, col, inside = _place(m, n, ROWS, COLS)
+    row, col, inside = _place(m, n * UNIT, UNIT, ROWS, COLS)
     if PACKED:
-        up = gate + n
+        up = gate + n * UNIT
         up_row = gate_row
     a = tl.load(gate + row * gate_row + col, mask=inside).to(tl.float32)
     b = tl.load(up + row * up_row + col, mask=inside).to(tl.float32)
@@ -49,14 +49,14 @@ def _forward(
 @triton.jit
 def _backward(
     dy, gate, up, dgate, dup, dy_row, gate_row, up_row, m, n,
-    PACKED: tl.constexpr, ACTIVATION: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr,
+    PACKED: tl.constexpr, ACTIVATION: tl.constexpr, UNIT: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr,
 ):  # fmt: skip
-    row, col, inside = _place(m, n, ROWS, COLS)
+    row, col, inside = _place(m, n * UNIT, UNIT, ROWS, COLS)
     out_row = n
     if PACKED:
-        up = gate + n
+        up = gate + n * UNIT
         up_row = gate_row
-        dup = dgate + n
+        dup = dgate + n * UNIT
         out_row = 2 * n
     gradient = tl.load(dy + row * dy_row + col, mask=inside).to(tl.float32)
     a = tl.load(gate + row * gate_row + col, mask=inside).to(tl.float32)
@@ -66,15 +66,22 @@ def _backward(
     tl.store(dup + row * out_row + col, gradient * value, mask=inside)
 
 
+def _sizes(n: int, *matrices: Tensor | None) -> tuple[list[int], int]:
+    """The distance between the rows of each matrix (0 for None) and n, counted in units, and the unit."""
+    strides = [0 if x is None else x.stride(0) for x in matrices]
+    step = unit(n, *strides)
+    return [size // step for size in (*strides, n)], step
+
+
 def forward(gate: Tensor, up: Tensor | None, activation: str) -> Tensor:
     n = gate.shape[-1] // 2 if up is None else gate.shape[-1]
     y = empty((*gate.shape[:-1], n), gate)
     a, b = rows(gate), None if up is None else rows(up)
+    (a_row, b_row, size), step = _sizes(n, a, b)
     height, width = tile(n, BLOCK)
     launch(
-        _forward, (cdiv(a.shape[0], height) * cdiv(n, width),),
-        a, b, y, a.stride(0), 0 if b is None else b.stride(0), a.shape[0], n,
-        PACKED=b is None, ACTIVATION=activation, ROWS=height, COLS=width, num_warps=WARPS,
+        _forward, (cdiv(a.shape[0], height) * cdiv(n, width),), a, b, y, a_row, b_row, a.shape[0], size,
+        PACKED=b is None, ACTIVATION=activation, UNIT=step, ROWS=height, COLS=width, num_warps=WARPS,
     )  # fmt: skip
     return y
 
@@ -84,10 +91,11 @@ def backward(dy: Tensor, gate: Tensor, up: Tensor | None, activation: str) -> tu
     dgate = empty(gate.shape, gate)
     dup = empty((0,) if up is None else up.shape, gate)
     g, a, b = rows(dy), rows(gate), None if up is None else rows(up)
+    (g_row, a_row, b_row, size), step = _sizes(n, g, a, b)
     height, width = tile(n, BLOCK)
     launch(
         _backward, (cdiv(a.shape[0], height) * cdiv(n, width),),
-        g, a, b, dgate, None if b is None else dup, g.stride(0), a.stride(0), 0 if b is None else b.stride(0),
-        a.shape[0], n, PACKED=b is None, ACTIVATION=activation, ROWS=height, COLS=width, num_warps=WARPS,
+        g, a, b, dgate, None if b is None else dup, g_row, a_row, b_row, a.shape[0], size,
+        PACKED=b is None, ACTIVATION=activation, UNIT=step, ROWS=height, COLS=width, num_warps=WARPS,
     )  # fmt: skip
     return dgate, dup
