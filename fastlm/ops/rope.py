@@ -9,12 +9,14 @@ from torch import Tensor
 
 from fastlm import native
 from fastlm._dispatch import LOW_PRECISION, Backend, Op
+from fastlm.kernels import _platform
 from fastlm.ops._check import check_device, check_floating
 from fastlm.ops._library import define, no_double_backward
 
 OP = Op(
     "rope",
     Backend("cpu", "fastlm.native.rope", frozenset({"cpu"}), LOW_PRECISION, missing=native.missing),
+    Backend("triton", "fastlm.kernels.rope", _platform.DEVICES, LOW_PRECISION, missing=_platform.missing),
     Backend("reference", "fastlm.reference.rope"),
 )
 
@@ -128,7 +130,7 @@ def rope(
         k: (B, Hk, S, D) of the same dtype, or None.
         cos, sin: (S, R/2) or (B, S, R/2), R <= D: of position times frequency. float32 is read as it is.
         interleaved: which channels make a pair.
-        backend: "cpu" or "reference"; None chooses.
+        backend: "cpu", "triton" or "reference"; None chooses.
 
     Returns:
         (q', k'), or q' alone when k is None. Each is stored as its input is: a transposed view of a (B, S, H, D) tensor
