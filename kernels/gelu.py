@@ -3,7 +3,7 @@
 One program takes BLOCK consecutive elements: load, widen to float32, compute, round, store. Reads x and writes y
 (backward: reads x and dy, writes dx), each once; nothing else. Hendrycks and Gimpel 2016, arXiv:1606.08415.
 
-Only the last program is masked: under a mask that may end anywhere Triton loads one element at a time, in every program.
+Only the last program is masked: under a mask that may end anywhere Triton loads one element at a time, everywhere.
 
 Lost: Phi from erf. It needs more instructions (304 for eight bfloat16 elements, sm_90) than the tail's own formula and
 loses the tail. A second polynomial for 16-bit results saves three multiplications.

@@ -3,11 +3,11 @@
 One program takes some positions and up to HEADS heads of one batch, of the queries or of the keys: it reads the cosines
 and sines of its positions once, widened to float32, keeps them in registers, and turns the pairs of one head after the
 other by them. Reads q and k and writes q' and k', each once, and each table H / HEADS times, mostly from the L2 cache.
-Channels past the rotated ones are copied. Any strides but the last are taken; outputs are stored as the inputs are, head
-by head or position by position.
+Channels past the rotated ones are copied. Any strides but the last are taken; outputs are stored as the inputs are,
+head by head or position by position.
 
-Pairs of halves are two loads of R/2 channels; interleaved pairs are one load of R, reshaped to (R/2, 2) and split, which
-stays within a thread's registers. Su et al. 2021, arXiv:2104.09864.
+Pairs of halves are two loads of R/2 channels; interleaved pairs are one load of R, reshaped to (R/2, 2) and split,
+which stays within a thread's registers. Su et al. 2021, arXiv:2104.09864.
 
 Lost: heads as a dimension of the tile. The tables then reach the lanes through shared memory and a barrier.
 """
@@ -102,20 +102,24 @@ def _like(x: Tensor) -> Tensor:
     return empty((b, s, h, d), x).transpose(1, 2) if x.stride(1) < x.stride(2) else empty((b, h, s, d), x)
 
 
+def _even(x: Tensor) -> Tensor:
+    """x with a contiguous last dimension."""
+    return x if x.stride(-1) == 1 else x.contiguous()
+
+
 def rotate(
     q: Tensor, k: Tensor | None, cos: Tensor, sin: Tensor, interleaved: bool, sign: float
 ) -> tuple[Tensor, Tensor]:
     b, h, s, d = q.shape
     half = cos.shape[-1]
     q_out, k_out = _like(q), empty((0,), q) if k is None else _like(k)
-    ends = [x if x is None or x.stride(-1) == 1 else x.contiguous() for x in (q, k, cos, sin)]
-    ends[3] = ends[3] if ends[2].stride() == ends[3].stride() else ends[3].contiguous()
-    ends[2] = ends[2] if ends[2].stride() == ends[3].stride() else ends[2].contiguous()
-    table = ends[2].stride()
-    strides: list[int] = []
-    for x, y in ((ends[0], q_out), (ends[1], k_out)):
-        strides += [0] * 6 if x is None else [*x.stride()[:3], *y.stride()[:3]]
-    strides += [table[0] if len(table) == 3 and cos.shape[0] > 1 else 0, table[-2]]
+    q, cos, sin = _even(q), _even(cos), _even(sin)
+    k = None if k is None else _even(k)
+    if cos.stride() != sin.stride():
+        cos, sin = cos.contiguous(), sin.contiguous()
+    strides = [*q.stride()[:3], *q_out.stride()[:3]]
+    strides += [0] * 6 if k is None else [*k.stride()[:3], *k_out.stride()[:3]]
+    strides += [cos.stride(0) if cos.dim() == 3 and cos.shape[0] > 1 else 0, cos.stride(-2)]
     step = unit(*strides)
 
     k_heads = 0 if k is None else k.shape[1]
@@ -124,7 +128,7 @@ def rotate(
     positions = min(next_power_of_2(s), max(PAIRS // width, 1))
     groups = cdiv(h, heads) + cdiv(k_heads, heads)
     launch(
-        _rope, (groups * cdiv(s, positions) * b,), ends[0], q_out, ends[1], None if k is None else k_out, *ends[2:],
+        _rope, (groups * cdiv(s, positions) * b,), q, q_out, k, None if k is None else k_out, cos, sin,
         sign, s, h, k_heads, *[stride // step for stride in strides],
         HAS_K=k is not None, HALF=half, REST=d - 2 * half, INTERLEAVED=interleaved, UNIT=step, HEADS=heads,
         POSITIONS=positions, WIDTH=width, num_warps=WARPS,

@@ -153,6 +153,17 @@ def test_tables_of_other_dtypes(backend: str) -> None:
 
 
 @each_backend
+def test_tables_of_any_strides(backend: str) -> None:
+    q, _ = inputs((2, 2, 1, 5, 16), torch.float32)
+    cos, sin = tables(5, 16, 2)
+    part = torch.cat((cos, sin), -1)
+    with on(backend):
+        expected = ops.rope(q, None, cos, sin)
+        for c, s in [(part[..., :8], sin), (part[..., :8], part[..., 8:]), (cos.mT.contiguous().mT, part[..., 8:])]:
+            assert_same_values(backend, [ops.rope(q, None, c, s)], [expected])
+
+
+@each_backend
 def test_same_bits_again_and_for_any_thread_count(backend: str) -> None:
     q, k = inputs((2, 4, 2, 200, 64), torch.float32)
     cos, sin = tables(200, 64)
