@@ -73,6 +73,17 @@ def cast(tensor: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     return tensor if tensor.dtype is dtype else tensor.to(dtype)
 
 
+def distinct(*tensors: torch.Tensor | None) -> tuple[torch.Tensor | None, ...]:
+    """The tensors, a view of each that came before: dynamo refuses one given twice to an autograd.Function."""
+    if not torch.compiler.is_compiling():
+        return tensors
+    found: list[torch.Tensor | None] = []
+    for tensor in tensors:
+        again = tensor is not None and any(tensor is other for other in found)
+        found.append(tensor.view_as(tensor) if tensor is not None and again else tensor)
+    return tuple(found)
+
+
 def no_double_backward(backward: Callable[..., Any]) -> Callable[..., Any]:
     """Makes a second derivative through the gradients an error.
 

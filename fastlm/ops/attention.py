@@ -12,7 +12,7 @@ from fastlm import native
 from fastlm._dispatch import LOW_PRECISION, Backend, Op
 from fastlm.kernels import _platform
 from fastlm.ops._check import check_device, check_floating
-from fastlm.ops._library import cast, define, no_double_backward
+from fastlm.ops._library import cast, define, distinct, no_double_backward
 
 OP = Op(
     "attention",
@@ -264,8 +264,8 @@ def attend(
     name = OP.select(q, backend, frozenset(features), head_dim=max(d, v.shape[3]))
     seed = torch.randint(2**63 - 1, (1,), device=q.device) if dropout > 0.0 else None
     factor = 1.0 / math.sqrt(d) if scale is None else float(scale)
-    arguments = (q, k, v, mask, seed, sinks, alibi_slopes, *documents, *cu_seqlens, *max_seqlens,
-                 code, left, right, float(softcap or 0.0), factor, float(dropout), name)  # fmt: skip
+    tensors = distinct(q, k, v, mask, seed, sinks, alibi_slopes, *documents, *cu_seqlens)
+    arguments = (*tensors, *max_seqlens, code, left, right, float(softcap or 0.0), factor, float(dropout), name)
     return _Attention.apply(*arguments) if torch.is_grad_enabled() else _forward(*arguments)
 
 

@@ -198,6 +198,8 @@ def backward(
     nothing = (lse == -torch.inf).view(groups)
     shift = lse.view(groups).masked_fill(nothing, torch.inf)
     p = (x - shift.unsqueeze(-1)).exp()
+    if seen is not None:
+        p = p.masked_fill(~seen, 0)  # in a row that sees NaN, too
     g, qf = wide(dout).reshape(*groups, v.shape[-1]), wide(q).reshape(*groups, d)
     if rows.past is not None:  # whatever stands there
         g, qf = (z.masked_fill(rows.past.unsqueeze(1), 0) for z in (g, qf))

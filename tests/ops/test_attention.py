@@ -221,6 +221,11 @@ def test_torch_compile_fullgraph(backend: str) -> None:
         dropped = torch.compile(lambda *x: ops.attention(*x, dropout=0.5), fullgraph=True, backend="aot_eager")
         out, grads = differentiate(dropped, make(Case(1, 2, 2, 20, 20, 8, 8)))
         assert bool(out[0].isfinite().all()) and all(bool(g.isfinite().all()) for g in grads)
+        itself = lambda x: ops.attention(x, x, x, causal=True)  # noqa: E731
+        x = torch.randn(1, 2, 20, 8)
+        expected = differentiate(itself, [x])
+        actual = differentiate(torch.compile(itself, fullgraph=True, backend="aot_eager"), [x])
+        torch.testing.assert_close(actual, expected)  # three gradients, added in another order
 
 
 @one_of_each
