@@ -14,7 +14,9 @@ def _check_packing(
     q: Tensor, cu_seqlens_q: Tensor, cu_seqlens_k: Tensor, max_seqlen_q: int, max_seqlen_k: int | None
 ) -> tuple[int, int]:
     """The longest lengths."""
-    if max_seqlen_k is None and cu_seqlens_k is cu_seqlens_q:
+    if max_seqlen_k is None:
+        if cu_seqlens_k is not cu_seqlens_q:
+            raise ValueError("max_seqlen_k must be given with cu_seqlens_k, got None")
         max_seqlen_k = max_seqlen_q
     for name, cu in (("cu_seqlens_q", cu_seqlens_q), ("cu_seqlens_k", cu_seqlens_k)):
         check_integer(name, cu, q, torch.int32)
@@ -23,12 +25,10 @@ def _check_packing(
     if cu_seqlens_k.shape != cu_seqlens_q.shape:
         came = f"{tuple(cu_seqlens_k.shape)} and {tuple(cu_seqlens_q.shape)}"
         raise ValueError(f"cu_seqlens_k must have the shape of cu_seqlens_q, got {came}")
-    lengths = []
     for name, length in (("max_seqlen_q", max_seqlen_q), ("max_seqlen_k", max_seqlen_k)):
         if isinstance(length, bool) or not isinstance(length, (int, torch.SymInt)) or length < 0:
             raise ValueError(f"{name} must be an integer of at least 0, got {length!r}")
-        lengths.append(int(length))
-    return lengths[0], lengths[1]
+    return max_seqlen_q, max_seqlen_k
 
 
 @overload

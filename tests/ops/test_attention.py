@@ -140,6 +140,12 @@ def test_expanded_and_strided_upstream(backend: str) -> None:
             _, expected = differentiate(ops.attention, tensors, [grad.contiguous()])
             _, grads = differentiate(ops.attention, tensors, [grad])
             assert_same_values(backend, grads, expected, "upstream")
+        both = lambda *x: ops.attention(*x, return_lse=True)  # noqa: E731
+        for grad in (torch.randn(2, 1, 1).expand(2, 2, 30), torch.randn(30, 2, 2).permute(1, 2, 0)):
+            out = torch.randn(2, 2, 30, 16)
+            _, expected = differentiate(both, tensors, [out, grad.contiguous()])
+            _, grads = differentiate(both, tensors, [out, grad])
+            assert_same_values(backend, grads, expected, "upstream of lse")
 
 
 # --- repeatability ----------------------------------------------------------------------------------------------------

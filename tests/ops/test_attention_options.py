@@ -108,6 +108,9 @@ CASES = [
     option(20, 20, True, D=256, Dv=256, documents="random", sinks="float32"),
 ]  # fmt: skip
 
+EVERYTHING = Case(2, 4, 2, 33, 40, 16, 8, "bottom-right", "float (H,1,T)", 0.3, (9, 0), 2.0, "BH", "float32", "pair",
+                  dropout=0.2)  # fmt: skip
+
 
 @each_backend
 @each_dtype
@@ -125,6 +128,16 @@ def test_window_of_one_key(backend: str) -> None:
     expected = [tensors[2], torch.zeros_like(upstream), torch.zeros_like(upstream), upstream]
     for actual, want in zip([out, *grads], expected, strict=True):
         torch.testing.assert_close(actual, want, atol=1e-5, rtol=0)
+
+
+@takes("window", "softcap", "alibi_slopes", "sinks", "documents")
+@pytest.mark.parametrize("sizes", [{"B": 0}, {"S": 0}, {"T": 0}], ids=str)
+def test_empty(backend: str, sizes: dict[str, int]) -> None:
+    problem = make_problem(EVERYTHING._replace(dropout=None, **sizes))
+    with on(backend):
+        (out, lse), grads = problem.run(lambda *x, **o: ops.attention(*x, return_lse=True, **o))
+    assert bool((out == 0).all()) and torch.equal(lse, problem.inputs[4][None, :, None].expand(lse.shape))
+    assert all(bool((g == 0).all()) for g in grads[:-1]) and grads[-1].isfinite().all()
 
 
 # --- who sees whom ----------------------------------------------------------------------------------------------------
@@ -285,9 +298,6 @@ def test_a_row_of_nan_stays_within_its_window(backend: str) -> None:
 
 
 # --- the pattern around the kernel ------------------------------------------------------------------------------------
-
-EVERYTHING = Case(2, 4, 2, 33, 40, 16, 8, "bottom-right", "float (H,1,T)", 0.3, (9, 0), 2.0, "BH", "float32", "pair",
-                  dropout=0.2)  # fmt: skip
 
 
 @takes("window", "softcap", "alibi_slopes", "sinks", "documents")

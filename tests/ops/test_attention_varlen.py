@@ -317,7 +317,7 @@ ARGUMENTS = {
         ({"cu_seqlens_q": CU[:0]}, ValueError, r"cu_seqlens_q must be \(sequences \+ 1,\), got \(0,\)"),
         ({"cu_seqlens_q": CU.to("meta")}, ValueError, "cu_seqlens_q must be on the device of q"),
         ({"cu_seqlens_k": CU[:2], "max_seqlen_k": 2}, ValueError, "cu_seqlens_k must have the shape of cu_seqlens_q"),
-        ({"cu_seqlens_k": CU.clone()}, ValueError, "max_seqlen_k must be an integer"),
+        ({"cu_seqlens_k": CU.clone()}, ValueError, "max_seqlen_k must be given with cu_seqlens_k"),
         ({"max_seqlen_q": -1}, ValueError, "max_seqlen_q must be an integer of at least 0, got -1"),
         ({"max_seqlen_q": 3.0}, ValueError, "max_seqlen_q must be an integer"),
         ({"alibi_slopes": torch.ones(2, 4)}, ValueError, "alibi_slopes must be"),
