@@ -22,7 +22,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 SUITES = sorted(
-    p.stem.removeprefix("bench_") for p in Path(__file__).parent.glob("bench_*.py") if "def cases()" in p.read_text()
+    p.stem.removeprefix("bench_") for p in Path(__file__).parent.glob("bench_*.py") if "\ndef cases(" in p.read_text()
 )
 MALLOC = ("default", "tuned")
 

@@ -5,7 +5,8 @@ bfloat16 parameters: fastlm keeps float32 moments (22 bytes an element), torch b
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -52,13 +53,13 @@ def stepping(function: Callable[..., Run], inputs: Sequence[Any]) -> Run:
     return run
 
 
-def cases() -> Iterator[Case]:
+def cases(sizes: Mapping[str, Sequence[tuple[int, ...]]] = MappingProxyType(SHAPES)) -> Iterator[Case]:
     functions = {
         "fastlm": fastlm_step,
         "torch fused": lambda params, clip: torch_step(params, clip, fused=True),
         "torch": torch_step,
     }
-    for name, shapes in SHAPES.items():
+    for name, shapes in sizes.items():
         for dtype in (torch.float32, torch.bfloat16):
             clip, count = name == "small GPT", sum(torch.Size(s).numel() for s in shapes)
             moved = count * (16 + (4 if clip else 3) * dtype.itemsize)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -19,8 +19,8 @@ def inputs(M: int, V: int, dtype: torch.dtype) -> list[Tensor]:
     return [torch.randn(M, V).to(dtype).requires_grad_(), torch.randint(V, (M,))]
 
 
-def cases() -> Iterator[Case]:
-    for M, V in SHAPES:
+def cases(sizes: Sequence[tuple[int, int]] = tuple(SHAPES)) -> Iterator[Case]:
+    for M, V in sizes:
         for dtype in DTYPES:
             yield Case(
                 "cross_entropy",
@@ -29,6 +29,7 @@ def cases() -> Iterator[Case]:
                 lambda M=M, V=V, dtype=dtype: inputs(M, V, dtype),
                 {"fastlm": ops.cross_entropy, "eager": F.cross_entropy, "compile": F.cross_entropy},
                 bytes=2 * M * V * dtype.itemsize,
+                forward=1 / 2,
             )
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -25,8 +25,8 @@ def eager_geglu(x: Tensor) -> Tensor:
     return F.gelu(gate) * up
 
 
-def cases() -> Iterator[Case]:
-    for m, n in SHAPES:
+def cases(sizes: Sequence[tuple[int, int]] = tuple(SHAPES)) -> Iterator[Case]:
+    for m, n in sizes:
         for dtype in DTYPES:
             for name, ours, eager in (("swiglu", ops.swiglu, eager_swiglu), ("geglu", ops.geglu, eager_geglu)):
                 yield Case(
@@ -36,6 +36,7 @@ def cases() -> Iterator[Case]:
                     lambda m=m, n=n, dtype=dtype: [torch.randn(m, 2 * n).to(dtype).requires_grad_()],
                     {"fastlm": ours, "eager": eager, "compile": eager},
                     bytes=8 * m * n * dtype.itemsize,
+                    forward=3 / 8,
                 )
 
 

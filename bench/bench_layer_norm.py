@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import torch.nn.functional as F
 from torch import Tensor
 
-from bench.harness import Case, norm_cases, pytest_suite
+from bench.harness import NORM_SHAPES, Case, norm_cases, pytest_suite
 from fastlm import ops
 
 
@@ -20,8 +20,8 @@ def eager_add(x: Tensor, residual: Tensor, weight: Tensor, bias: Tensor) -> tupl
     return eager(h, weight, bias), h
 
 
-def cases() -> Iterator[Case]:
-    return norm_cases("layer_norm", 2, (ops.layer_norm, eager), (ops.add_layer_norm, eager_add))
+def cases(sizes: Sequence[tuple[int, int]] = tuple(NORM_SHAPES)) -> Iterator[Case]:
+    return norm_cases("layer_norm", 2, (ops.layer_norm, eager), (ops.add_layer_norm, eager_add), sizes)
 
 
 test_layer_norm = pytest_suite(cases)

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import torch.nn.functional as F
 from torch import Tensor
 
-from bench.harness import Case, norm_cases, pytest_suite
+from bench.harness import NORM_SHAPES, Case, norm_cases, pytest_suite
 from fastlm import ops
 
 
@@ -20,8 +20,8 @@ def eager_add(x: Tensor, residual: Tensor, weight: Tensor) -> tuple[Tensor, Tens
     return eager(h, weight), h
 
 
-def cases() -> Iterator[Case]:
-    return norm_cases("rms_norm", 1, (ops.rms_norm, eager), (ops.add_rms_norm, eager_add))
+def cases(sizes: Sequence[tuple[int, int]] = tuple(NORM_SHAPES)) -> Iterator[Case]:
+    return norm_cases("rms_norm", 1, (ops.rms_norm, eager), (ops.add_rms_norm, eager_add), sizes)
 
 
 test_rms_norm = pytest_suite(cases)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 from torch import Tensor
@@ -38,8 +38,8 @@ def eager(q: Tensor, k: Tensor, _cos: Tensor, _sin: Tensor, cos: Tensor, sin: Te
 PROVIDERS: dict[str, Callable[..., tuple[Tensor, ...]]] = {"fastlm": ours, "eager": eager, "compile": eager}
 
 
-def cases() -> Iterator[Case]:
-    for b, s, h, d in SHAPES:
+def cases(sizes: Sequence[tuple[int, int, int, int]] = tuple(SHAPES)) -> Iterator[Case]:
+    for b, s, h, d in sizes:
         for dtype in DTYPES:
             yield Case(
                 "rope",
@@ -48,6 +48,7 @@ def cases() -> Iterator[Case]:
                 lambda b=b, s=s, h=h, d=d, dtype=dtype: inputs(b, s, h, d, dtype),
                 PROVIDERS,
                 bytes=8 * b * s * h * d * dtype.itemsize,
+                forward=1 / 2,
             )
 
 

@@ -6,11 +6,12 @@ A suite is a file bench_<op>.py with a function `cases()` that yields `Case`s, w
 
 from __future__ import annotations
 
+import functools
 import gc
 import statistics
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import pytest
@@ -29,10 +30,33 @@ def forward_backward(function: Callable[..., Any], inputs: Sequence[Any]) -> Run
         result = function(*inputs)
         outputs = list(result) if isinstance(result, tuple) else [result]
         if not upstream:
-            generator = torch.Generator().manual_seed(7)
-            for o in outputs:
-                upstream.append(torch.ones_like(o) if o.dim() == 0 else torch.randn(o.shape, generator=generator).to(o))
+            upstream.extend(upstream_for(outputs))
         return [*outputs, *torch.autograd.grad(outputs, leaves, upstream)]
+
+    return run
+
+
+def upstream_for(outputs: Sequence[Tensor]) -> list[Tensor]:
+    """The same random gradients each time: 1 for a scalar."""
+    generator = torch.Generator(outputs[0].device).manual_seed(7)
+
+    def random(o: Tensor) -> Tensor:
+        return torch.randn(o.shape, generator=generator, device=o.device).to(o.dtype)
+
+    return [torch.ones_like(o) if o.dim() == 0 else random(o) for o in outputs]
+
+
+def backward_only(function: Callable[..., Any], inputs: Sequence[Any]) -> Run:
+    """The backward of one forward, again and again; the forward runs with the first of them."""
+    leaves = [t for t in inputs if isinstance(t, Tensor) and t.requires_grad]
+    kept: list[list[Tensor]] = []
+
+    def run() -> list[Tensor]:
+        if not kept:
+            result = function(*inputs)
+            outputs = list(result) if isinstance(result, tuple) else [result]
+            kept.extend([outputs, upstream_for(outputs)])
+        return list(torch.autograd.grad(kept[0], leaves, kept[1], retain_graph=True))
 
     return run
 
@@ -62,6 +86,8 @@ class Case:
     """Bytes that must cross the memory bus at least once in one run."""
     flops: float = 0.0
     """Floating-point operations of the matrix products of one run."""
+    forward: float = 0.0
+    """The share of bytes and flops that the forward without gradients needs; 0: it is not of interest alone."""
     runner: Callable[[Callable[..., Any], Sequence[Any]], Run] = forward_backward
     tolerance: float | None = 0.25
     """Largest difference from the first peer, as a share of the largest value, or None: a last look only, and wide,
@@ -71,8 +97,14 @@ class Case:
     def name(self) -> str:
         return f"{self.op} {self.shape} {dtype_name(self.dtype)}"
 
+    def forward_alone(self) -> Case:
+        return replace(
+            self, op=f"{self.op} forward", bytes=self.bytes * self.forward, flops=self.flops * self.forward,
+            forward=0.0, runner=forward_only,
+        )  # fmt: skip
+
     def build(self, *providers: str) -> dict[str, Run]:
-        """What to time, by provider (all of them unless named)."""
+        """What to time, by provider (all of them unless named), on the current default device."""
         torch.manual_seed(0)
         inputs = self.inputs()
         runs = {}
@@ -90,14 +122,18 @@ class Result:
     case: Case
     medians: dict[str, float] = field(default_factory=dict)
     """Seconds by provider."""
+    host: dict[str, float] = field(default_factory=dict)
+    """Seconds until the call returns, where work is queued to a device."""
+    errors: dict[str, str] = field(default_factory=dict)
+    """Why a provider was not timed."""
 
     @property
     def best_peer(self) -> str:
-        return min((n for n in self.medians if n != "fastlm"), key=self.medians.__getitem__)
+        return min((n for n in self.medians if n != "fastlm"), key=self.medians.__getitem__, default="")
 
     @property
     def ratio(self) -> float:
-        return self.medians[self.best_peer] / self.medians["fastlm"]
+        return self.medians[self.best_peer] / self.medians["fastlm"] if self.best_peer else float("nan")
 
 
 NORM_SHAPES = [(768, 128), (4096, 768), (8192, 1024)]
@@ -105,12 +141,17 @@ NORM_SHAPES = [(768, 128), (4096, 768), (8192, 1024)]
 Pair = tuple[Callable[..., Any], Callable[..., Any]]
 
 
-def norm_cases(op: str, parameters: int, plain: Pair, added: Pair) -> Iterator[Case]:
+def norm_cases(
+    op: str, parameters: int, plain: Pair, added: Pair, sizes: Sequence[tuple[int, int]] = NORM_SHAPES
+) -> Iterator[Case]:
     """Cases of a norm with this many parameters (N,), and of its form with a residual; each pair is ours, eager."""
-    for m, n in NORM_SHAPES:
+    for m, n in sizes:
         for dtype in (torch.float32, torch.bfloat16):
             # Traffic in tensors: x, y, dy, x again, dx; with a residual also the residual, h and dh.
-            for name, rows, (ours, eager), traffic in ((op, 1, plain, 5), (f"add_{op}", 2, added, 8)):
+            for name, rows, (ours, eager), traffic, forward in (
+                (op, 1, plain, 5, 2 / 5),
+                (f"add_{op}", 2, added, 8, 4 / 8),
+            ):
                 shapes = [(m, n)] * rows + [(n,)] * parameters
                 yield Case(
                     name,
@@ -119,6 +160,7 @@ def norm_cases(op: str, parameters: int, plain: Pair, added: Pair) -> Iterator[C
                     lambda shapes=shapes, dtype=dtype: [torch.randn(s).to(dtype).requires_grad_() for s in shapes],
                     {"fastlm": ours, "eager": eager, "compile": eager},
                     bytes=traffic * m * n * dtype.itemsize,
+                    forward=forward,
                 )
 
 
@@ -132,7 +174,8 @@ def agree(case: Case, runs: dict[str, Run]) -> None:
         return
     peer = next(name for name in runs if name != "fastlm")
     for mine, theirs in zip(_tensors(runs["fastlm"]()), _tensors(runs[peer]()), strict=True):
-        mine, theirs = mine.detach().double(), theirs.detach().double()
+        wide = torch.float64 if mine.numel() < 1 << 26 else torch.float32
+        mine, theirs = mine.detach().to(wide), theirs.detach().to(wide)
         error = ((mine - theirs).abs().max() / theirs.abs().max().clamp_min(1e-30)).item()
         if not error <= case.tolerance:
             raise RuntimeError(f"{case.name}: differs from {peer} by {error:.3g} of the largest value; not timed")
@@ -142,31 +185,71 @@ def _tensors(result: Any) -> list[Tensor]:
     return [result] if isinstance(result, Tensor) else [t for t in (result or ()) if isinstance(t, Tensor)]
 
 
-def measure(case: Case, *, seconds: float = 2.5, least: int = 5, most: int = 60) -> Result:
-    """Medians of interleaved runs: every round runs each provider once, in turn, on a cache filled with other data."""
-    runs = case.build()
-    agree(case, runs)
-    for run in runs.values():  # compilation, first touch, thread pools
-        run()
-        run()
+class Clock:
+    """Times runs on the CPU; bench/gpu/clock.py has the one of a GPU."""
+
+    device = "cpu"
+
+    def prepare(self, run: Run) -> Run:
+        """What is timed in place of the run: the run, warm."""
+        for _ in range(2):  # compilation, first touch, thread pools
+            run()
+        return run
+
+    def spoil(self) -> None:
+        """Fills the cache with other data."""
+        self._spoiler.add_(1)
+
+    @functools.cached_property
+    def _spoiler(self) -> Tensor:
+        return torch.zeros(1 << 22, device=self.device)
+
+    def span(self, run: Run) -> Callable[[], float]:
+        """Runs; the answer tells the seconds, after settle()."""
+        begin = time.perf_counter()
+        result = run()
+        seconds = time.perf_counter() - begin
+        del result
+        return lambda: seconds
+
+    def settle(self) -> None:
+        """Waits until what was started has ended."""
+
+    def host(self, run: Run) -> float | None:
+        """Seconds until a call returns, or None where that is the same as its time."""
+        return None
+
+
+def take_turns(
+    clock: Clock, runs: dict[str, Run], *, seconds: float = 2.5, least: int = 5, most: int = 60
+) -> dict[str, float]:
+    """Medians of interleaved runs: every round runs each once, in turn, on a cache filled with other data."""
     times: dict[str, list[float]] = {name: [] for name in runs}
-    spoiler = torch.zeros(1 << 22)
     gc.collect()
     gc.disable()
     try:
         start = time.perf_counter()
         for turn in range(most):
+            spans = {}
             for name in list(runs) if turn % 2 == 0 else list(reversed(runs)):
-                spoiler.add_(1)
-                begin = time.perf_counter()
-                result = runs[name]()
-                times[name].append(time.perf_counter() - begin)
-                del result
+                clock.spoil()
+                spans[name] = clock.span(runs[name])
+            clock.settle()
+            for name, span in spans.items():
+                times[name].append(span())
             if turn + 1 >= least and time.perf_counter() - start > seconds:
                 break
     finally:
         gc.enable()
-    return Result(case, {name: statistics.median(values) for name, values in times.items()})
+    return {name: statistics.median(values) for name, values in times.items()}
+
+
+def measure(case: Case, *, seconds: float = 2.5, least: int = 5, most: int = 60) -> Result:
+    """Refuses a wrong result, then takes turns."""
+    clock, runs = Clock(), case.build()
+    agree(case, runs)
+    prepared = {name: clock.prepare(run) for name, run in runs.items()}
+    return Result(case, take_turns(clock, prepared, seconds=seconds, least=least, most=most))
 
 
 @dataclass(frozen=True)
@@ -185,23 +268,26 @@ class Ceilings:
         return least / result.medians["fastlm"]
 
 
-def measure_ceilings() -> Ceilings:
-    def best(run: Run, repeats: int = 7) -> float:
-        run()
-        times = []
-        for _ in range(repeats):
-            begin = time.perf_counter()
-            run()
-            times.append(time.perf_counter() - begin)
+def measure_ceilings(clock: Clock | None = None, floats: int = 1 << 26, size: int = 2048) -> Ceilings:
+    """The best of seven copies of so many random floats, and of square products of this size."""
+    clock = clock or Clock()
+
+    def best(run: Run) -> float:
+        prepared, times = clock.prepare(run), []
+        for _ in range(7):
+            span = clock.span(prepared)
+            clock.settle()
+            times.append(span())
         return min(times)
 
-    source, target = torch.ones(1 << 26), torch.zeros(1 << 26)
-    copy = 2 * source.nbytes / best(lambda: target.copy_(source))
-    products = {}
-    for dtype in (torch.float32, torch.bfloat16):
-        a, b = torch.randn(2048, 2048).to(dtype), torch.randn(2048, 2048).to(dtype)
-        out = torch.empty(2048, 2048, dtype=dtype)
-        products[dtype] = 2 * 2048**3 / best(lambda a=a, b=b, out=out: torch.mm(a, b, out=out))
+    with torch.device(clock.device):
+        source, target = torch.randn(floats), torch.zeros(floats)
+        copy = 2 * source.nbytes / best(lambda: target.copy_(source))
+        products = {}
+        for dtype in (torch.float32, torch.bfloat16):
+            a, b = torch.randn(size, size).to(dtype), torch.randn(size, size).to(dtype)
+            out = torch.empty(size, size, dtype=dtype)
+            products[dtype] = 2 * size**3 / best(lambda a=a, b=b, out=out: torch.mm(a, b, out=out))
     return Ceilings(copy, products)
 
 
