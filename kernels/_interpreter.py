@@ -3,16 +3,22 @@
 Triton 3.6 to 3.9 keep bfloat16 as uint16 there and compute on those integers: products, sums, comparisons and negation
 are wrong, conversions from float32 truncate. Here every operation on bfloat16 widens to float32, computes, and rounds
 to nearest even. Reductions (tl.sum) stay wrong: the kernels reduce in float32.
+
+It also loses most of its time to two habits that change nothing: each call of a helper looks for what is to be
+interpreted again, and each operation on 32-bit integers is done again in 64 bits for a check that is never reported.
 """
 
 from __future__ import annotations
 
+import dataclasses
+import functools
 from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 import triton.language as tl
-from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
+from triton.runtime import interpreter
+from triton.runtime.interpreter import GridExecutor, InterpreterBuilder, TensorHandle
 
 BF16 = tl.bfloat16
 
@@ -98,3 +104,43 @@ for _name, _mend in (
 ):  # fmt: skip
     setattr(InterpreterBuilder, _name, _mend(getattr(InterpreterBuilder, _name)))
 InterpreterBuilder.get_bf16 = lambda self, value: rounded(np.array([value], dtype=np.float32))
+
+
+# --- speed -----------------------------------------------------------------------------------------------------------
+
+_patched: set[int] = set()
+"""The modules of Triton's language that are interpreted within the running kernel."""
+
+
+@functools.cache
+def _languages(fn: Callable[..., Any]) -> frozenset[int]:
+    return frozenset(id(value) for value in fn.__globals__.values() if value is tl or value is tl.core)
+
+
+def _once(original: Callable[..., Any]) -> Callable[..., Any]:
+    def patch_lang(fn: Callable[..., Any]) -> Any:
+        if _languages(fn) <= _patched:
+            return None  # only the kernel's own is used, to put things back
+        scope = original(fn)
+        _patched.update(_languages(fn))
+        return scope
+
+    return patch_lang
+
+
+def _afresh(original: Callable[..., None]) -> Callable[..., None]:
+    def call(self: Any, *args: Any, **kwargs: Any) -> None:
+        _patched.clear()
+        try:
+            original(self, *args, **kwargs)
+        finally:
+            _patched.clear()
+
+    return call
+
+
+interpreter._patch_lang = _once(interpreter._patch_lang)
+GridExecutor.__call__ = _afresh(GridExecutor.__call__)
+interpreter.interpreter_builder.options = dataclasses.replace(
+    interpreter.interpreter_builder.options, sanitize_overflow=False
+)
