@@ -207,6 +207,8 @@ class Expected(NamedTuple):
 
     def assert_matched(self, out: Tensor, lse: Tensor, names: Sequence[str], grads: Sequence[Tensor]) -> None:
         independent = lse.numel() >= 128
+        # Sums over rows of what the rounding of `out` spoils: as good as the dtype of q, whatever their own.
+        grads = [g.to(out.dtype) if name == "dsinks" else g for name, g in zip(names, grads, strict=True)]
         assert_accurate("out", out, self.oracle[0], self.out, FORWARD, independent=independent)
         assert_accurate("lse", lse, self.oracle[1], self.lse, FORWARD, independent=independent)
         assert_all_accurate(names, grads, self.oracle_grads, self.grads, BACKWARD, independent=independent)

@@ -84,7 +84,7 @@ CASES = [
     option(50, 66, False, "float (H,S,1)", 2, sinks="float32"),
     # documents
     option(130, 130, False, documents="sorted", B=2),
-    option(130, 130, True, documents="sorted", B=2, H=4),
+    option(130, 130, True, documents="sorted", B=2),
     option(97, 97, True, documents="random", B=2),
     option(70, 113, False, documents="pair", B=2),
     option(113, 70, "bottom-right", documents="pair", B=2),
@@ -226,7 +226,7 @@ def test_rows_that_see_the_sink_alone(backend: str, dtype: torch.dtype) -> None:
         none = ops.attention(q, k, v, mask=seen, causal="bottom-right")
     rows = blind.unsqueeze(1).expand(2, 4, 70)
     assert bool((out[rows] == 0).all()) and bool((grads[0][rows] == 0).all())
-    assert torch.equal(lse[rows].view(-1), sinks[None, :, None].expand(2, 4, 70)[rows])
+    torch.testing.assert_close(lse[rows], sinks[None, :, None].expand(2, 4, 70)[rows])
     assert all(bool(g.isfinite().all()) for g in grads) and grads[3][3] == 0
     torch.testing.assert_close(out[:, 3], none[:, 3])  # no sink there
     check(backend, [q, k, v], seen, torch.randn(4), causal="bottom-right")
@@ -303,7 +303,7 @@ def test_a_row_of_nan_stays_within_its_window(backend: str) -> None:
 @takes("window", "softcap", "alibi_slopes", "sinks", "documents")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_same_bits_again(backend: str, dtype: torch.dtype) -> None:
-    problem, _ = prepared(EVERYTHING._replace(S=130, T=150, window=(40, 0)), dtype)
+    problem = make_problem(EVERYTHING._replace(B=1, S=70, T=90, window=(40, 0)), dtype)
 
     def run(*tensors: Tensor, **options: Any) -> Tensor:
         torch.manual_seed(0)
