@@ -32,30 +32,34 @@ namespace fastlm::FASTLM_ISA {
 // --- layer_norm, rms_norm -------------------------------------------------------------------------------------------
 // Dimensions: M rows of N channels, last dimension contiguous; *_stride is the distance between rows in elements.
 
-/// h = x + residual (when residual is not null; h is stored in the dtype of x and then normalised as stored),
-/// y = (h - mean) * rstd * weight + bias.
+/// h = dropout(x) + residual (when residual is not null; h is stored in the dtype of x and then normalised as stored;
+/// seed: one number, or null for no dropout), y = (h - mean) * rstd * weight + bias.
 /// x, residual, h, y: [M, N] of `dtype`, h and y contiguous; weight, bias: [N] float32 or null; mean, rstd: [M]
 /// float32.
 void layer_norm_forward(DType dtype, const void* x, int64_t x_stride, const void* residual, int64_t residual_stride,
-                        const float* weight, const float* bias, void* h, void* y, float* mean, float* rstd, int64_t M,
-                        int64_t N, float eps, int threads);
+                        const float* weight, const float* bias, const int64_t* seed, double dropout, void* h, void* y,
+                        float* mean, float* rstd, int64_t M, int64_t N, float eps, int threads);
 
 /// dx = rstd * (g - mean(g) - xhat * mean(g * xhat)) + dh, where g = dy * weight and xhat = (x - mean) * rstd.
 /// dh: [M, N] contiguous or null, the gradient of the residual stream. dweight, dbias: [N] float32 or null,
-/// overwritten. scratch: norm_scratch(M, N) floats. The order of summation depends on M and N only, never on `threads`.
+/// overwritten. With a seed that is the gradient of the residual, dresidual, and dx the same through dropout, else
+/// dresidual is null. scratch: norm_scratch(M, N) floats. The order of summation depends on M and N only, never on
+/// `threads`.
 void layer_norm_backward(DType dtype, const void* dy, int64_t dy_stride, const void* x, int64_t x_stride,
-                         const float* weight, const float* mean, const float* rstd, const void* dh, void* dx,
-                         float* dweight, float* dbias, float* scratch, int64_t M, int64_t N, int threads);
+                         const float* weight, const float* mean, const float* rstd, const void* dh, const int64_t* seed,
+                         double dropout, void* dx, void* dresidual, float* dweight, float* dbias, float* scratch,
+                         int64_t M, int64_t N, int threads);
 
 /// y = h * rstd * (weight + offset), rstd = 1 / sqrt(mean(h^2) + eps); the rest as layer_norm_forward.
 void rms_norm_forward(DType dtype, const void* x, int64_t x_stride, const void* residual, int64_t residual_stride,
-                      const float* weight, float offset, void* h, void* y, float* rstd, int64_t M, int64_t N, float eps,
-                      int threads);
+                      const float* weight, float offset, const int64_t* seed, double dropout, void* h, void* y,
+                      float* rstd, int64_t M, int64_t N, float eps, int threads);
 
 /// dx = rstd * (g - xhat * mean(g * xhat)) + dh, where g = dy * (weight + offset) and xhat = x * rstd.
 void rms_norm_backward(DType dtype, const void* dy, int64_t dy_stride, const void* x, int64_t x_stride,
-                       const float* weight, float offset, const float* rstd, const void* dh, void* dx, float* dweight,
-                       float* scratch, int64_t M, int64_t N, int threads);
+                       const float* weight, float offset, const float* rstd, const void* dh, const int64_t* seed,
+                       double dropout, void* dx, void* dresidual, float* dweight, float* scratch, int64_t M, int64_t N,
+                       int threads);
 
 // --- gelu, glu, rope -------------------------------------------------------------------------------------------------
 

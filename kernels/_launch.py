@@ -99,6 +99,17 @@ def unit(*sizes: int) -> int:
     return math.gcd(16, *sizes)
 
 
+@functools.cache
+def _nothing(dtype: torch.dtype, device: torch.device) -> Tensor:
+    with torch.inference_mode(False):  # whatever the first caller is in
+        return torch.empty(0, dtype=dtype, device=device)
+
+
+def nothing(like: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+    """Stands for an output that was not asked for; always the same tensor, because making one costs microseconds."""
+    return _nothing(dtype or like.dtype, like.device)
+
+
 # --- launching -------------------------------------------------------------------------------------------------------
 
 

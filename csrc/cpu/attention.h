@@ -6,6 +6,7 @@
 
 #include "fastlm.h"
 #include "parallel.h"
+#include "random.h"
 #include "simd.h"
 #include "tile_gemm.h"
 
@@ -240,9 +241,7 @@ inline Vec exp_logit(Vec x) {
 
 // --- dropout --------------------------------------------------------------------------------------------------------
 
-/// Key j of query i of head h is dropped where hash(seed, (b * H + h) * S + i, j) < dropout * 2^32: a function of these
-/// numbers alone, so the backward, a recomputation, every instruction set and fastlm/reference/attention.py make the
-/// same mask. Per query a 64-bit key (splitmix64, Steele et al. 2014), per element a 32-bit mix (lowbias32, Wellons).
+/// Key j of query i of head h has row (b * H + h) * S + i and column j in the hash of random.h.
 struct Dropout {
   uint32_t *low, *high;  // [BQ], the two halves of each query's key
   uint32_t threshold = 0;
@@ -252,20 +251,15 @@ struct Dropout {
   explicit Dropout(const Problem& p, Arena& arena) : low(arena.take<uint32_t>(BQ)), high(arena.take<uint32_t>(BQ)) {
     if (p.dropout <= 0) return;
     used = true;
-    const double t = p.dropout * 0x1p32;
-    threshold = t >= 0x1p32 - 1 ? 0xffffffffu : static_cast<uint32_t>(t);
+    threshold = drop_threshold(p.dropout);
     keep_scale = static_cast<float>(1 / (1 - p.dropout));
   }
   void set_rows(const Problem& p, int64_t b, int64_t h, int64_t i0) {
     if (!used) return;
     for (int64_t i = 0; i < BQ; ++i) {
-      const uint64_t row = static_cast<uint64_t>((b * p.H + h) * p.S + i0 + i);
-      uint64_t z = static_cast<uint64_t>(*p.seed) + (row + 1) * 0x9e3779b97f4a7c15u;
-      z = (z ^ (z >> 30)) * 0xbf58476d1ce4e5b9u;
-      z = (z ^ (z >> 27)) * 0x94d049bb133111ebu;
-      z ^= z >> 31;
-      low[i] = static_cast<uint32_t>(z);
-      high[i] = static_cast<uint32_t>(z >> 32);
+      const uint64_t key = row_key(*p.seed, (b * p.H + h) * p.S + i0 + i);
+      low[i] = static_cast<uint32_t>(key);
+      high[i] = static_cast<uint32_t>(key >> 32);
     }
   }
   /// x where kept, 0 where dropped, for vector n of the tile's lanes.
@@ -273,12 +267,7 @@ struct Dropout {
     UInt u, v;
     std::memcpy(&u, low + n * W, sizeof u);
     std::memcpy(&v, high + n * W, sizeof v);
-    u ^= static_cast<uint32_t>(j) * 0x9e3779b1u;
-    u = (u ^ (u >> 16)) * 0x7feb352du;
-    u = (u ^ (u >> 15)) + v;
-    u = u * 0x846ca68bu;
-    u ^= u >> 16;
-    return u < threshold ? Vec{} : x;
+    return random_bits(u ^ (static_cast<uint32_t>(j) * COLUMN), v) < threshold ? Vec{} : x;
   }
 };
 

@@ -4,22 +4,25 @@
 namespace fastlm::FASTLM_ISA {
 
 void layer_norm_forward(DType dtype, const void* x, int64_t x_stride, const void* residual, int64_t residual_stride,
-                        const float* weight, const float* bias, void* h, void* y, float* mean, float* rstd, int64_t M,
-                        int64_t N, float eps, int threads) {
+                        const float* weight, const float* bias, const int64_t* seed, double dropout, void* h, void* y,
+                        float* mean, float* rstd, int64_t M, int64_t N, float eps, int threads) {
   with_type(dtype, [=](auto type) {
     using T = typename decltype(type)::type;
     norm_forward<true>(static_cast<const T*>(x), x_stride, static_cast<const T*>(residual), residual_stride, weight,
-                       0.f, bias, static_cast<T*>(h), static_cast<T*>(y), mean, rstd, M, N, eps, threads);
+                       0.f, bias, seed, dropout, static_cast<T*>(h), static_cast<T*>(y), mean, rstd, M, N, eps,
+                       threads);
   });
 }
 
 void layer_norm_backward(DType dtype, const void* dy, int64_t dy_stride, const void* x, int64_t x_stride,
-                         const float* weight, const float* mean, const float* rstd, const void* dh, void* dx,
-                         float* dweight, float* dbias, float* scratch, int64_t M, int64_t N, int threads) {
+                         const float* weight, const float* mean, const float* rstd, const void* dh, const int64_t* seed,
+                         double dropout, void* dx, void* dresidual, float* dweight, float* dbias, float* scratch,
+                         int64_t M, int64_t N, int threads) {
   with_type(dtype, [=](auto type) {
     using T = typename decltype(type)::type;
     norm_backward<true>(static_cast<const T*>(dy), dy_stride, static_cast<const T*>(x), x_stride, weight, 0.f, mean,
-                        rstd, static_cast<const T*>(dh), static_cast<T*>(dx), dweight, dbias, scratch, M, N, threads);
+                        rstd, static_cast<const T*>(dh), seed, dropout, static_cast<T*>(dx), static_cast<T*>(dresidual),
+                        dweight, dbias, scratch, M, N, threads);
   });
 }
 

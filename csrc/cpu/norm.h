@@ -1,5 +1,5 @@
 // Forward and backward of LayerNorm (CENTER) and RMSNorm (not CENTER), with an optional residual addition.
-//   forward   per row: [h = x + residual], mean and sum of squared deviations (two passes over the row in the
+//   forward   per row: [h = dropout(x) + residual], mean and sum of squared deviations (two passes over the row in the
 //             first-level cache: the one-pass formula cancels for large means), then y
 //   backward  per group of rows: pass one gathers mean(g), mean(g * xhat) and the rows' shares of dweight and dbias,
 //             which are loaded and stored once for the group; pass two writes dx and prefetches the next group
@@ -13,6 +13,7 @@
 
 #include "fastlm.h"
 #include "parallel.h"
+#include "random.h"
 #include "simd.h"
 
 namespace fastlm::FASTLM_ISA {
@@ -20,8 +21,8 @@ namespace {
 
 template <bool CENTER, class STREAM, class T>
 void norm_forward_rows(STREAM streamed, const T* x, int64_t x_stride, const T* residual, int64_t residual_stride,
-                       const float* weight, float offset, const float* bias, T* h, T* y, float* mean, float* rstd,
-                       int64_t N, float eps, int64_t begin, int64_t end) {
+                       const float* weight, float offset, const float* bias, const int64_t* seed, double dropout, T* h,
+                       T* y, float* mean, float* rstd, int64_t N, float eps, int64_t begin, int64_t end) {
   for (int64_t m = begin; m < end; ++m) {
     const T* row = x + m * x_stride;
     // The next row is fetched while this one, already in the cache, is worked on: both would otherwise take turns.
@@ -30,11 +31,17 @@ void norm_forward_rows(STREAM streamed, const T* x, int64_t x_stride, const T* r
       const T* other = residual + m * residual_stride;
       const int64_t other_ahead = m + 1 < end ? residual_stride : 0;
       T* out = h + m * N;
-      for_vectors(N, [&](int64_t i, auto n) {
-        store(out + i, load(row + i, n) + load(other + i, n), n);
-        __builtin_prefetch(row + ahead + i);
-        __builtin_prefetch(other + other_ahead + i);
-      });
+      const auto add = [&](auto kept) {
+        for_vectors(N, [&](int64_t i, auto n) {
+          store(out + i, kept(load(row + i, n), i) + load(other + i, n), n);
+          __builtin_prefetch(row + ahead + i);
+          __builtin_prefetch(other + other_ahead + i);
+        });
+      };
+      if (seed)
+        add(RowDropout(*seed, dropout, m));
+      else
+        add([](Vec v, int64_t) { return v; });
       row = out;
     }
     float mu = 0.f;
@@ -82,12 +89,12 @@ void norm_forward_rows(STREAM streamed, const T* x, int64_t x_stride, const T* r
 
 template <bool CENTER, class T>
 void norm_forward(const T* x, int64_t x_stride, const T* residual, int64_t residual_stride, const float* weight,
-                  float offset, const float* bias, T* h, T* y, float* mean, float* rstd, int64_t M, int64_t N,
-                  float eps, int threads) {
+                  float offset, const float* bias, const int64_t* seed, double dropout, T* h, T* y, float* mean,
+                  float* rstd, int64_t M, int64_t N, float eps, int threads) {
   parallel_for(threads, M, 1 + 16384 / (N + 1), [=](int64_t begin, int64_t end) {
     with_flag(stream_ok(y, M, N, N), [=](auto streamed) {
-      norm_forward_rows<CENTER>(streamed, x, x_stride, residual, residual_stride, weight, offset, bias, h, y, mean,
-                                rstd, N, eps, begin, end);
+      norm_forward_rows<CENTER>(streamed, x, x_stride, residual, residual_stride, weight, offset, bias, seed, dropout,
+                                h, y, mean, rstd, N, eps, begin, end);
       if (streamed) stream_fence();
     });
   });
@@ -97,7 +104,8 @@ void norm_forward(const T* x, int64_t x_stride, const T* residual, int64_t resid
 template <bool CENTER, int ROWS, class STREAM, class T>
 inline void norm_backward_rows(STREAM streamed, const T* dy, int64_t dy_stride, const T* x, int64_t x_stride,
                                const float* weight, float offset, const float* mean, const float* rstd, const T* dh,
-                               T* dx, float* dw, float* db, int64_t N, int64_t m, int64_t last) {
+                               const int64_t* seed, double dropout, T* dx, T* dresidual, float* dw, float* db,
+                               int64_t N, int64_t m, int64_t last) {
   Vec sum_g[ROWS] = {}, sum_gx[ROWS] = {};
   float mu[ROWS], r[ROWS], c1[ROWS], c2[ROWS];
   for (int k = 0; k < ROWS; ++k) {
@@ -129,23 +137,34 @@ inline void norm_backward_rows(STREAM streamed, const T* dy, int64_t dy_stride, 
   for (int k = 0; k < ROWS; ++k) {
     const T *g_row = g_rows + k * dy_stride, *x_row = x_rows + k * x_stride, *h_row = dh + (m + k) * N;
     T* out = dx + (m + k) * N;
-    for_vectors(N, [&](int64_t i, auto n) {
-      Vec g = load(g_row + i, n);
-      const Vec xhat = (load(x_row + i, n) - mu[k]) * r[k];
-      if (weight) g *= load(weight + i, n) + offset;
-      Vec d = (g - c1[k] - xhat * c2[k]) * r[k];
-      if (dh) d += load(h_row + i, n);
-      put(out + i, d, n, streamed);
-      __builtin_prefetch(g_row + g_ahead + i);
-      __builtin_prefetch(x_row + x_ahead + i);
-    });
+    const auto write = [&](auto finish) {
+      for_vectors(N, [&](int64_t i, auto n) {
+        Vec g = load(g_row + i, n);
+        const Vec xhat = (load(x_row + i, n) - mu[k]) * r[k];
+        if (weight) g *= load(weight + i, n) + offset;
+        Vec d = (g - c1[k] - xhat * c2[k]) * r[k];
+        if (dh) d += load(h_row + i, n);
+        put(out + i, finish(d, i, n), n, streamed);
+        __builtin_prefetch(g_row + g_ahead + i);
+        __builtin_prefetch(x_row + x_ahead + i);
+      });
+    };
+    if (seed) {
+      const RowDropout kept(*seed, dropout, m + k);
+      write([&](Vec d, int64_t i, auto n) {
+        put(dresidual + (m + k) * N + i, d, n, streamed);
+        return kept(d, i);
+      });
+    } else {
+      write([](Vec d, int64_t, auto) { return d; });
+    }
   }
 }
 
 template <bool CENTER, class T>
 void norm_backward(const T* dy, int64_t dy_stride, const T* x, int64_t x_stride, const float* weight, float offset,
-                   const float* mean, const float* rstd, const T* dh, T* dx, float* dweight, float* dbias,
-                   float* scratch, int64_t M, int64_t N, int threads) {
+                   const float* mean, const float* rstd, const T* dh, const int64_t* seed, double dropout, T* dx,
+                   T* dresidual, float* dweight, float* dbias, float* scratch, int64_t M, int64_t N, int threads) {
   const int64_t parts = norm_parts(M);
   float* const part_dw = scratch;
   float* const part_db = scratch + parts * N;
@@ -162,8 +181,8 @@ void norm_backward(const T* dy, int64_t dy_stride, const T* x, int64_t x_stride,
         const auto rows = [&](auto count) {
           constexpr int ROWS = decltype(count)::value;
           for (; m + ROWS <= end; m += ROWS)
-            norm_backward_rows<CENTER, ROWS>(streamed, dy, dy_stride, x, x_stride, weight, offset, mean, rstd, dh, dx,
-                                             dw, db, N, m, end);
+            norm_backward_rows<CENTER, ROWS>(streamed, dy, dy_stride, x, x_stride, weight, offset, mean, rstd, dh, seed,
+                                             dropout, dx, dresidual, dw, db, N, m, end);
         };
         // Four long rows of dy and x would push each other out of the first-level cache between the passes.
         if (N * sizeof(T) <= 2048) rows(std::integral_constant<int, 4>{});

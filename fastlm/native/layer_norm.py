@@ -11,7 +11,13 @@ F32 = torch.float32
 
 
 def forward(
-    x: Tensor, residual: Tensor | None, weight: Tensor | None, bias: Tensor | None, eps: float
+    x: Tensor,
+    residual: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    eps: float,
+    seed: Tensor | None,
+    dropout: float,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     dtype, shape = x.dtype, x.shape
     n = shape[-1]
@@ -24,14 +30,23 @@ def forward(
     h = nothing(dtype) if residual is None else empty(shape, dtype)
     extension().layer_norm_forward(
         DTYPES[dtype], x_address, x_stride, r_address, r_stride, w_address, b_address,
-        output(h), output(y), output(mean), output(rstd), m, n, eps, threads(),
+        address("seed", seed, torch.int64), dropout, output(h), output(y), output(mean), output(rstd), m, n, eps,
+        threads(),
     )  # fmt: skip
     return y, h, mean, rstd
 
 
 def backward(
-    dy: Tensor, x: Tensor, weight: Tensor | None, mean: Tensor, rstd: Tensor, dh: Tensor | None, needs_bias: bool
-) -> tuple[Tensor, Tensor, Tensor]:
+    dy: Tensor,
+    x: Tensor,
+    weight: Tensor | None,
+    mean: Tensor,
+    rstd: Tensor,
+    dh: Tensor | None,
+    needs_bias: bool,
+    seed: Tensor | None,
+    dropout: float,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     dtype, shape = x.dtype, x.shape
     m, n = mean.numel(), shape[-1]
     _x, x_address, x_stride = matrix("x", x, dtype)
@@ -39,12 +54,15 @@ def backward(
     _w, w_address = vector("weight", weight)
     dh = None if dh is None else dh.contiguous()
     dx = empty(shape, dtype)
+    dr = nothing(dtype) if seed is None else empty(shape, dtype)
     dw = nothing(F32) if weight is None else empty((n,), F32)
     db = empty((n,), F32) if needs_bias else nothing(F32)
     scratch = empty((extension().norm_scratch(m, n),), F32)
     extension().layer_norm_backward(
         DTYPES[dtype], g_address, g_stride, x_address, x_stride, w_address,
-        address("mean", mean, F32), address("rstd", rstd, F32), address("dh", dh, dtype), output(dx),
+        address("mean", mean, F32), address("rstd", rstd, F32), address("dh", dh, dtype),
+        address("seed", seed, torch.int64), dropout, output(dx), 0 if seed is None else output(dr),
         0 if weight is None else output(dw), output(db) if needs_bias else 0, output(scratch), m, n, threads(),
     )  # fmt: skip
-    return dx, dw, db
+    wanted = F32 if weight is None else weight.dtype
+    return (dx, dr, dw, db) if wanted is F32 else (dx, dr, dw.to(wanted), db.to(wanted))

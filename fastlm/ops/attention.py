@@ -13,6 +13,7 @@ from fastlm._dispatch import LOW_PRECISION, Backend, Op
 from fastlm.kernels import _platform
 from fastlm.ops._check import check_device, check_floating
 from fastlm.ops._library import cast, define, distinct, no_double_backward
+from fastlm.ops._random import draw_seed
 
 OP = Op(
     "attention",
@@ -230,8 +231,6 @@ def attend(
     """What attention() and attention_varlen() share: options, the choice of a backend, the call. q is (B, H, S, D)."""
     if not isinstance(causal, (bool, str)) or causal not in _CAUSAL:
         raise ValueError(f"causal must be False, True, 'top-left' or 'bottom-right', got {causal!r}")
-    if not 0.0 <= dropout < 1.0:
-        raise ValueError(f"dropout must be in [0, 1), got {dropout}")
     code, left, right = _window(window, _CAUSAL[causal], *max_seqlens)
     b, h, _, d = q.shape
     features = []
@@ -262,7 +261,7 @@ def attend(
     if cu_seqlens[0] is not None:
         features.append("cu_seqlens")
     name = OP.select(q, backend, frozenset(features), head_dim=max(d, v.shape[3]))
-    seed = torch.randint(2**63 - 1, (1,), device=q.device) if dropout > 0.0 else None
+    seed = draw_seed(dropout, q.device)
     factor = 1.0 / math.sqrt(d) if scale is None else float(scale)
     tensors = distinct(q, k, v, mask, seed, sinks, alibi_slopes, *documents, *cu_seqlens)
     arguments = (*tensors, *max_seqlens, code, left, right, float(softcap or 0.0), factor, float(dropout), name)

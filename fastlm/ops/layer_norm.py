@@ -9,12 +9,15 @@ from torch import Tensor
 
 from fastlm import native
 from fastlm._dispatch import LOW_PRECISION, Backend, Op
+from fastlm.kernels import _platform
 from fastlm.ops._check import check_norm
 from fastlm.ops._library import cast, define, no_double_backward
+from fastlm.ops._random import draw_seed
 
 OP = Op(
     "layer_norm",
     Backend("cpu", "fastlm.native.layer_norm", frozenset({"cpu"}), LOW_PRECISION, missing=native.missing),
+    Backend("triton", "fastlm.kernels.layer_norm", _platform.DEVICES, LOW_PRECISION, missing=_platform.missing),
     Backend("reference", "fastlm.reference.layer_norm"),
 )
 
@@ -24,7 +27,13 @@ def _statistics(x: Tensor) -> torch.dtype:
 
 
 def _fake_forward(
-    x: Tensor, residual: Tensor | None, weight: Tensor | None, bias: Tensor | None, eps: float
+    x: Tensor,
+    residual: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    eps: float,
+    seed: Tensor | None,
+    dropout: float,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     m, stat = x.shape[:-1].numel(), _statistics(x)
     h = x.new_empty(x.shape if residual is not None else (0,))
@@ -32,31 +41,40 @@ def _fake_forward(
 
 
 def _fake_backward(
-    dy: Tensor, x: Tensor, weight: Tensor | None, mean: Tensor, rstd: Tensor, dh: Tensor | None, needs_bias: bool
-) -> tuple[Tensor, Tensor, Tensor]:
-    n = x.shape[-1]
-    dw = x.new_empty((n if weight is not None else 0,), dtype=_statistics(x))
-    return x.new_empty(x.shape), dw, x.new_empty((n if needs_bias else 0,), dtype=_statistics(x))
+    dy: Tensor,
+    x: Tensor,
+    weight: Tensor | None,
+    mean: Tensor,
+    rstd: Tensor,
+    dh: Tensor | None,
+    needs_bias: bool,
+    seed: Tensor | None,
+    dropout: float,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    n, dtype = x.shape[-1], _statistics(x) if weight is None else weight.dtype
+    dr = x.new_empty((0,) if seed is None else x.shape)
+    dw = x.new_empty((n if weight is not None else 0,), dtype=dtype)
+    return x.new_empty(x.shape), dr, dw, x.new_empty((n if needs_bias else 0,), dtype=dtype)
 
 
 _forward = define(
     OP,
     "forward",
-    "(Tensor x, Tensor? residual, Tensor? weight, Tensor? bias, float eps, str backend)"
+    "(Tensor x, Tensor? residual, Tensor? weight, Tensor? bias, float eps, Tensor? seed, float dropout, str backend)"
     " -> (Tensor, Tensor, Tensor, Tensor)",
     _fake_forward,
 )
 _backward = define(
     OP,
     "backward",
-    "(Tensor dy, Tensor x, Tensor? weight, Tensor mean, Tensor rstd, Tensor? dh, bool needs_bias, str backend)"
-    " -> (Tensor, Tensor, Tensor)",
+    "(Tensor dy, Tensor x, Tensor? weight, Tensor mean, Tensor rstd, Tensor? dh, bool needs_bias, Tensor? seed,"
+    " float dropout, str backend) -> (Tensor, Tensor, Tensor, Tensor)",
     _fake_backward,
 )
 
 
 class _LayerNorm(torch.autograd.Function):
-    """Saves h = x [+ residual], weight, mean (M,) and rstd (M,)."""
+    """Saves h = x [+ residual], weight, mean (M,), rstd (M,) and the seed of dropout."""
 
     @staticmethod
     def forward(
@@ -66,24 +84,30 @@ class _LayerNorm(torch.autograd.Function):
         weight: Tensor | None,
         bias: Tensor | None,
         eps: float,
+        seed: Tensor | None,
+        dropout: float,
         backend: str,
     ) -> Any:
-        y, h, mean, rstd = _forward(x, residual, weight, bias, eps, backend)
+        y, h, mean, rstd = _forward(x, residual, weight, bias, eps, seed, dropout, backend)
         ctx.set_materialize_grads(False)
-        ctx.save_for_backward(x if residual is None else h, weight, mean, rstd)
-        ctx.backend, ctx.bias_dtype = backend, None if bias is None else bias.dtype
+        ctx.save_for_backward(x if residual is None else h, weight, mean, rstd, seed)
+        ctx.backend, ctx.dropout, ctx.bias_dtype = backend, dropout, None if bias is None else bias.dtype
         return y if residual is None else (y, h)
 
     @staticmethod
     @no_double_backward
     def backward(ctx: Any, dy: Tensor | None, dh: Tensor | None = None) -> Any:
-        h, weight, mean, rstd = ctx.saved_tensors
-        if dy is None:  # only the residual stream was used
-            return dh, dh, None, None, None, None
-        dx, dw, db = _backward(dy, h, weight, mean, rstd, dh, ctx.bias_dtype is not None, ctx.backend)
-        dweight = None if weight is None else cast(dw, weight.dtype)
+        h, weight, mean, rstd, seed = ctx.saved_tensors
+        if dy is None and seed is None:  # only the residual stream was used
+            return dh, dh, *(None,) * 6
+        if dy is None:
+            dy = torch.zeros_like(h)
+        needs_bias = ctx.bias_dtype is not None
+        dx, dr, dw, db = _backward(dy, h, weight, mean, rstd, dh, needs_bias, seed, ctx.dropout, ctx.backend)
+        dresidual = None if not ctx.needs_input_grad[1] else dx if seed is None else dr
+        dweight = None if weight is None else dw
         dbias = None if ctx.bias_dtype is None else cast(db, ctx.bias_dtype)
-        return dx, dx if ctx.needs_input_grad[1] else None, dweight, dbias, None, None
+        return dx, dresidual, dweight, dbias, None, None, None, None
 
 
 def layer_norm(
@@ -103,7 +127,7 @@ def layer_norm(
         x: (..., N), float32, bfloat16, float16 or float64; any strides, a copy is made unless the last is 1.
         weight, bias: (N,), any floating dtype; None stands for ones and zeros.
         eps: added to the variance, in units of x squared.
-        backend: "cpu" or "reference"; None chooses.
+        backend: "cpu", "triton" or "reference"; None chooses.
 
     Returns:
         (..., N), dtype of x, contiguous.
@@ -118,8 +142,8 @@ def layer_norm(
     check_norm(x, None, weight, bias)
     name = OP.select(x, backend)
     if torch.is_grad_enabled():
-        return _LayerNorm.apply(x, None, weight, bias, eps, name)
-    return _forward(x, None, weight, bias, eps, name)[0]
+        return _LayerNorm.apply(x, None, weight, bias, eps, None, 0.0, name)
+    return _forward(x, None, weight, bias, eps, None, 0.0, name)[0]
 
 
 def add_layer_norm(
@@ -129,22 +153,26 @@ def add_layer_norm(
     bias: Tensor | None = None,
     eps: float = 1e-5,
     *,
+    dropout: float = 0.0,
     backend: str | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """h = x + residual, y = layer_norm(h, weight, bias, eps), in one pass; the backward adds h's gradient in its own.
+    """h = dropout(x) + residual, y = layer_norm(h, weight, bias, eps), in one pass; the backward adds h's gradient in its own.
 
     Args:
-        x, residual: (..., N), same shape and dtype. The rest as layer_norm.
+        x, residual: (..., N), same shape and dtype.
+        dropout: probability in [0, 1) that an element of x is dropped; the kept ones are divided by 1 - dropout. Drawn
+            from torch's default generator, and the same on every backend. The rest as layer_norm.
 
     Returns:
         (y, h), both (..., N) in the dtype of x. h is rounded to that dtype before it is normalised, as in the unfused
         form.
 
-    Raises and saves as layer_norm, with h in place of x.
+    Raises and saves as layer_norm, with h in place of x, and one number as seed of dropout. ValueError also for a dropout that
+    is no probability below 1.
     """
     check_norm(x, residual, weight, bias)
-    name = OP.select(x, backend)
+    seed, name = draw_seed(dropout, x.device), OP.select(x, backend)
     if torch.is_grad_enabled():
-        return _LayerNorm.apply(x, residual, weight, bias, eps, name)
-    y, h, _, _ = _forward(x, residual, weight, bias, eps, name)
+        return _LayerNorm.apply(x, residual, weight, bias, eps, seed, float(dropout), name)
+    y, h, _, _ = _forward(x, residual, weight, bias, eps, seed, float(dropout), name)
     return y, h

@@ -9,12 +9,15 @@ from torch import Tensor
 
 from fastlm import native
 from fastlm._dispatch import LOW_PRECISION, Backend, Op
+from fastlm.kernels import _platform
 from fastlm.ops._check import check_norm
-from fastlm.ops._library import cast, define, no_double_backward
+from fastlm.ops._library import define, no_double_backward
+from fastlm.ops._random import draw_seed
 
 OP = Op(
     "rms_norm",
     Backend("cpu", "fastlm.native.rms_norm", frozenset({"cpu"}), LOW_PRECISION, missing=native.missing),
+    Backend("triton", "fastlm.kernels.rms_norm", _platform.DEVICES, LOW_PRECISION, missing=_platform.missing),
     Backend("reference", "fastlm.reference.rms_norm"),
 )
 
@@ -24,55 +27,82 @@ def _statistics(x: Tensor) -> torch.dtype:
 
 
 def _fake_forward(
-    x: Tensor, residual: Tensor | None, weight: Tensor | None, eps: float, offset: float
+    x: Tensor,
+    residual: Tensor | None,
+    weight: Tensor | None,
+    eps: float,
+    offset: float,
+    seed: Tensor | None,
+    dropout: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
     h = x.new_empty(x.shape if residual is not None else (0,))
     return x.new_empty(x.shape), h, x.new_empty((x.shape[:-1].numel(),), dtype=_statistics(x))
 
 
 def _fake_backward(
-    dy: Tensor, x: Tensor, weight: Tensor | None, rstd: Tensor, dh: Tensor | None, offset: float
-) -> tuple[Tensor, Tensor]:
-    dw = x.new_empty((x.shape[-1] if weight is not None else 0,), dtype=_statistics(x))
-    return x.new_empty(x.shape), dw
+    dy: Tensor,
+    x: Tensor,
+    weight: Tensor | None,
+    rstd: Tensor,
+    dh: Tensor | None,
+    offset: float,
+    seed: Tensor | None,
+    dropout: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    dr = x.new_empty((0,) if seed is None else x.shape)
+    dw = x.new_empty((0,), dtype=_statistics(x)) if weight is None else weight.new_empty(weight.shape)
+    return x.new_empty(x.shape), dr, dw
 
 
 _forward = define(
     OP,
     "forward",
-    "(Tensor x, Tensor? residual, Tensor? weight, float eps, float offset, str backend) -> (Tensor, Tensor, Tensor)",
+    "(Tensor x, Tensor? residual, Tensor? weight, float eps, float offset, Tensor? seed, float dropout, str backend)"
+    " -> (Tensor, Tensor, Tensor)",
     _fake_forward,
 )
 _backward = define(
     OP,
     "backward",
-    "(Tensor dy, Tensor x, Tensor? weight, Tensor rstd, Tensor? dh, float offset, str backend) -> (Tensor, Tensor)",
+    "(Tensor dy, Tensor x, Tensor? weight, Tensor rstd, Tensor? dh, float offset, Tensor? seed, float dropout,"
+    " str backend) -> (Tensor, Tensor, Tensor)",
     _fake_backward,
 )
 
 
 class _RmsNorm(torch.autograd.Function):
-    """Saves h = x [+ residual], weight and rstd (M,)."""
+    """Saves h = x [+ residual], weight, rstd (M,) and the seed of dropout."""
 
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, residual: Tensor | None, weight: Tensor | None, eps: float, offset: float, backend: str
+        ctx: Any,
+        x: Tensor,
+        residual: Tensor | None,
+        weight: Tensor | None,
+        eps: float,
+        offset: float,
+        seed: Tensor | None,
+        dropout: float,
+        backend: str,
     ) -> Any:
-        y, h, rstd = _forward(x, residual, weight, eps, offset, backend)
+        y, h, rstd = _forward(x, residual, weight, eps, offset, seed, dropout, backend)
         ctx.set_materialize_grads(False)
-        ctx.save_for_backward(x if residual is None else h, weight, rstd)
-        ctx.backend, ctx.offset = backend, offset
+        ctx.save_for_backward(x if residual is None else h, weight, rstd, seed)
+        ctx.backend, ctx.offset, ctx.dropout = backend, offset, dropout
         return y if residual is None else (y, h)
 
     @staticmethod
     @no_double_backward
     def backward(ctx: Any, dy: Tensor | None, dh: Tensor | None = None) -> Any:
-        h, weight, rstd = ctx.saved_tensors
-        if dy is None:  # only the residual stream was used
-            return dh, dh, None, None, None, None
-        dx, dw = _backward(dy, h, weight, rstd, dh, ctx.offset, ctx.backend)
-        dweight = None if weight is None else cast(dw, weight.dtype)
-        return dx, dx if ctx.needs_input_grad[1] else None, dweight, None, None, None
+        h, weight, rstd, seed = ctx.saved_tensors
+        if dy is None and seed is None:  # only the residual stream was used
+            return dh, dh, *(None,) * 6
+        if dy is None:
+            dy = torch.zeros_like(h)
+        dx, dr, dw = _backward(dy, h, weight, rstd, dh, ctx.offset, seed, ctx.dropout, ctx.backend)
+        dresidual = None if not ctx.needs_input_grad[1] else dx if seed is None else dr
+        dweight = None if weight is None else dw
+        return dx, dresidual, dweight, None, None, None, None, None
 
 
 def _default_eps(x: Tensor) -> float:
@@ -98,7 +128,7 @@ def rms_norm(
         eps: added to the mean square, in units of x squared; None is the machine epsilon of float32 (of float64 for
             float64), as in torch.
         offset: added to the weight: 1.0 gives Gemma's (1 + weight). Unused without a weight.
-        backend: "cpu" or "reference"; None chooses.
+        backend: "cpu", "triton" or "reference"; None chooses.
 
     Returns:
         (..., N), dtype of x, contiguous.
@@ -114,8 +144,8 @@ def rms_norm(
     name = OP.select(x, backend)
     eps = _default_eps(x) if eps is None else eps
     if torch.is_grad_enabled():
-        return _RmsNorm.apply(x, None, weight, eps, offset, name)
-    return _forward(x, None, weight, eps, offset, name)[0]
+        return _RmsNorm.apply(x, None, weight, eps, offset, None, 0.0, name)
+    return _forward(x, None, weight, eps, offset, None, 0.0, name)[0]
 
 
 def add_rms_norm(
@@ -125,23 +155,27 @@ def add_rms_norm(
     eps: float | None = None,
     *,
     offset: float = 0.0,
+    dropout: float = 0.0,
     backend: str | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """h = x + residual, y = rms_norm(h, weight, eps, offset=offset), in one pass; so is the backward.
+    """h = dropout(x) + residual, y = rms_norm(h, weight, eps, offset=offset), in one pass; so is the backward.
 
     Args:
-        x, residual: (..., N), same shape and dtype. The rest as rms_norm.
+        x, residual: (..., N), same shape and dtype.
+        dropout: probability in [0, 1) that an element of x is dropped; the kept ones are divided by 1 - dropout. Drawn
+            from torch's default generator, and the same on every backend. The rest as rms_norm.
 
     Returns:
         (y, h), both (..., N) in the dtype of x. h is rounded to that dtype before it is normalised, as in the unfused
         form.
 
-    Raises and saves as rms_norm, with h in place of x.
+    Raises and saves as rms_norm, with h in place of x, and one number as seed of dropout. ValueError also for a dropout that
+    is no probability below 1.
     """
     check_norm(x, residual, weight, None)
-    name = OP.select(x, backend)
+    seed, name = draw_seed(dropout, x.device), OP.select(x, backend)
     eps = _default_eps(x) if eps is None else eps
     if torch.is_grad_enabled():
-        return _RmsNorm.apply(x, residual, weight, eps, offset, name)
-    y, h, _ = _forward(x, residual, weight, eps, offset, name)
+        return _RmsNorm.apply(x, residual, weight, eps, offset, seed, float(dropout), name)
+    y, h, _ = _forward(x, residual, weight, eps, offset, seed, float(dropout), name)
     return y, h

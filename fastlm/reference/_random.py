@@ -29,3 +29,12 @@ def kept(seed: Tensor, dropout: float, rows: int, columns: Tensor) -> Tensor:
     u = ((u ^ (u >> 15)) + _shift(z, 32)) & _WORD
     u = (u * 0x846CA68B) & _WORD
     return u ^ (u >> 16) >= min(int(dropout * 2**32), _WORD)
+
+
+def dropped(x: Tensor, seed: Tensor | None, dropout: float) -> Tensor:
+    """dropout(x) of x (..., N): kept elements divided by 1 - dropout, 0 elsewhere; x itself without a seed."""
+    if seed is None:
+        return x
+    columns = torch.arange(x.shape[-1], device=x.device)
+    keep = kept(seed, dropout, x.shape[:-1].numel(), columns).view(x.shape)
+    return torch.where(keep, x / (1 - dropout), 0)

@@ -7,6 +7,7 @@ eager PyTorch explain. A largest error alone does not see a truncation where rou
 
 from __future__ import annotations
 
+import mmap
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, TypeVar
@@ -140,6 +141,13 @@ def layouts(tensor: Tensor) -> Iterator[tuple[str, Tensor]]:
         strided = torch.full((2 * tensor.shape[0], *tensor.shape[1:]), float("nan"), dtype=tensor.dtype)
         strided[::2] = tensor
         yield "every second", strided[::2]
+
+
+def far_apart(elements: int) -> Tensor:
+    """Zeros in bfloat16 of which only what is touched takes memory; on a GPU all of them do."""
+    if torch.zeros(()).is_cuda:
+        return torch.zeros(elements, dtype=torch.bfloat16)
+    return torch.frombuffer(mmap.mmap(-1, 2 * elements), dtype=torch.bfloat16)
 
 
 def assert_same_bits(first: Sequence[Tensor], second: Sequence[Tensor]) -> None:

@@ -18,11 +18,12 @@ from tests.ops.harness import (
     differentiate,
     each_backend,
     each_dtype,
+    far_apart,
     layouts,
     on,
 )
 
-SHAPES = [(1, 1), (2, 7), (0, 5), (65, 16), (3, 5, 17), (2, 768), (33, 1025), (1200, 33)]
+SHAPES = [(1, 1), (2, 7), (0, 5), (65, 16), (3, 5, 17), (2, 768), (33, 1025), (1200, 33), (7,)]
 NAMES = ("dx", "dweight", "dbias")
 
 
@@ -120,6 +121,38 @@ def test_many_rows_keep_the_weight_gradient_exact(backend: str) -> None:
 
 
 @each_backend
+@pytest.mark.parametrize("rows", [511, 512, 513])
+def test_rows_that_fill_the_tiles_of_a_kernel_and_one_off(backend: str, rows: int) -> None:
+    compare(*inputs((rows, 32), torch.bfloat16), backend)
+
+
+@each_backend
+@pytest.mark.parametrize("n", [8192, 8193, 12288])
+def test_long_rows(backend: str, n: int) -> None:
+    """Up to what a kernel holds in registers, and in pieces; float32 plainly, for the rule on leaning needs many rows."""
+    compare(*inputs((2, n), torch.bfloat16, mean=3.0), backend)
+    tensors = inputs((2, n), torch.float32, mean=3.0)
+    oracle, oracle_grads = differentiate(torch_layer_norm, [t.double() for t in tensors])
+    with on(backend):
+        outputs, grads = differentiate(ops.layer_norm, tensors)
+    for actual, want in zip((*outputs, *grads), (*oracle, *oracle_grads), strict=True):
+        torch.testing.assert_close(actual.double(), want, rtol=1e-5, atol=2e-5)
+
+
+@each_backend
+def test_rows_far_apart(backend: str) -> None:
+    """Two rows 2^31 elements apart: offsets do not fit 32 bits. The memory between them is never touched."""
+    distance, n = 2**31 + 16, 24
+    memory = far_apart(distance + n)
+    tensors = inputs((2, n), torch.bfloat16)
+    view = memory.as_strided((2, n), (distance, 1)).copy_(tensors[0])
+    with on(backend):
+        expected = differentiate(ops.layer_norm, tensors)
+        actual = differentiate(ops.layer_norm, [view, *tensors[1:]])
+    assert_same_values(backend, [*actual[0], *actual[1]], [*expected[0], *expected[1]])
+
+
+@each_backend
 def test_same_bits_again_and_for_any_thread_count(backend: str) -> None:
     tensors = inputs((700, 200), torch.float32)
     with on(backend):
@@ -183,13 +216,15 @@ def test_torch_compile_fullgraph(backend: str) -> None:
 
 @each_backend
 def test_opcheck(backend: str) -> None:
-    name = backend.partition("-")[0]
+    name, seed = backend.partition("-")[0], torch.tensor([17])
     x, weight, bias = inputs((4, 12), torch.float32)
     with on(backend):
         library = torch.ops.fastlm
-        torch.library.opcheck(library.layer_norm_forward, (x, x.clone(), weight, bias, 1e-5, name))
-        y, _, mean, rstd = library.layer_norm_forward(x, None, weight, bias, 1e-5, name)
-        torch.library.opcheck(library.layer_norm_backward, (y, x, weight, mean, rstd, y.clone(), True, name))
+        torch.library.opcheck(library.layer_norm_forward, (x, x.clone(), weight, bias, 1e-5, seed, 0.2, name))
+        y, _, mean, rstd = library.layer_norm_forward(x, None, weight, bias, 1e-5, None, 0.0, name)
+        for drop in ((None, 0.0), (seed, 0.2)):
+            args = (y, x, weight, mean, rstd, y.clone(), True, *drop, name)
+            torch.library.opcheck(library.layer_norm_backward, args)
 
 
 def test_gradcheck() -> None:

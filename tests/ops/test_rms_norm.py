@@ -18,6 +18,7 @@ from tests.ops.harness import (
     differentiate,
     each_backend,
     each_dtype,
+    far_apart,
     layouts,
     on,
 )
@@ -141,6 +142,38 @@ def test_many_rows_keep_the_weight_gradient_exact(backend: str) -> None:
 
 
 @each_backend
+@pytest.mark.parametrize("rows", [511, 512, 513])
+def test_rows_that_fill_the_tiles_of_a_kernel_and_one_off(backend: str, rows: int) -> None:
+    compare(*inputs((rows, 32), torch.bfloat16), backend)
+
+
+@each_backend
+@pytest.mark.parametrize("n", [8192, 8193, 12288])
+def test_long_rows(backend: str, n: int) -> None:
+    """Up to what a kernel holds in registers, and in pieces; float32 plainly, for the rule on leaning needs many rows."""
+    compare(*inputs((2, n), torch.bfloat16, mean=3.0), backend)
+    tensors = inputs((2, n), torch.float32, mean=3.0)
+    oracle, oracle_grads = differentiate(torch_rms_norm, [t.double() for t in tensors])
+    with on(backend):
+        outputs, grads = differentiate(ops.rms_norm, tensors)
+    for actual, want in zip((*outputs, *grads), (*oracle, *oracle_grads), strict=True):
+        torch.testing.assert_close(actual.double(), want, rtol=1e-5, atol=2e-5)
+
+
+@each_backend
+def test_rows_far_apart(backend: str) -> None:
+    """Two rows 2^31 elements apart: offsets do not fit 32 bits. The memory between them is never touched."""
+    distance, n = 2**31 + 16, 24
+    memory = far_apart(distance + n)
+    tensors = inputs((2, n), torch.bfloat16)
+    view = memory.as_strided((2, n), (distance, 1)).copy_(tensors[0])
+    with on(backend):
+        expected = differentiate(ops.rms_norm, tensors)
+        actual = differentiate(ops.rms_norm, [view, *tensors[1:]])
+    assert_same_values(backend, [*actual[0], *actual[1]], [*expected[0], *expected[1]])
+
+
+@each_backend
 @pytest.mark.parametrize("shape", [(700, 200), (3000, 40)], ids=str)
 def test_same_bits_again_and_for_any_thread_count(backend: str, shape: tuple[int, ...]) -> None:
     tensors = inputs(shape, torch.float32)
@@ -218,13 +251,14 @@ def test_torch_compile_fullgraph(backend: str) -> None:
 
 @each_backend
 def test_opcheck(backend: str) -> None:
-    name = backend.partition("-")[0]
+    name, seed = backend.partition("-")[0], torch.tensor([17])
     x, weight = inputs((4, 12), torch.float32)
     with on(backend):
         library = torch.ops.fastlm
-        torch.library.opcheck(library.rms_norm_forward, (x, x.clone(), weight, 1e-5, 0.0, name))
-        y, _, rstd = library.rms_norm_forward(x, None, weight, 1e-5, 0.0, name)
-        torch.library.opcheck(library.rms_norm_backward, (y, x, weight, rstd, y.clone(), 1.0, name))
+        torch.library.opcheck(library.rms_norm_forward, (x, x.clone(), weight, 1e-5, 0.0, seed, 0.2, name))
+        y, _, rstd = library.rms_norm_forward(x, None, weight, 1e-5, 0.0, None, 0.0, name)
+        for drop in ((None, 0.0), (seed, 0.2)):
+            torch.library.opcheck(library.rms_norm_backward, (y, x, weight, rstd, y.clone(), 1.0, *drop, name))
 
 
 def test_gradcheck() -> None:

@@ -1,0 +1,469 @@
+"""layer_norm and rms_norm in Triton, with the addition of a residual and its dropout: one set of kernels, in which
+rms_norm is the case without a mean.
+
+Forward, a row in registers: load, mean, deviations (masked columns deviate by 0), their sum, which corrects the mean,
+and their squares; then y. The parameters are loaded after the sums, from the cache. Backward: every program goes
+through its rows with dweight and dbias in float32 registers, the next rows already on their way through shared memory,
+and writes them as one part; a second kernel adds the parts up in order. Rows above REGISTERS go in pieces: statistics
+lane by lane (Welford 1962), then the row again from the cache; dx and the sums over rows are two kernels there, because
+no register file holds two rows of float32 sums.
+
+Bytes     forward reads x (and residual) and writes y (and h) once; backward reads x and dy (and dh) and writes dx once.
+          The parts are at most 4 rows of float32 for each multiprocessor. Wide rows: x and dy are read twice by the
+          backward if there are parameters, and once more from the L2 cache by either direction.
+Parallel  TILE elements for each program: many narrow rows or a part of the GPU's registers of a wide one. Programs are
+          few rows apart, so that neighbours read neighbouring memory.
+Papers    Ba et al. 2016, arXiv:1607.06450; Zhang and Sennrich 2019, arXiv:1910.07467.
+"""
+
+from __future__ import annotations
+
+import functools
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from fastlm.kernels._launch import Target, cdiv, empty, launch, next_power_of_2, nothing, rows, target
+from fastlm.kernels._random import kept, row_keys, threshold
+
+REGISTERS = 8192
+"""The longest row that is held in registers."""
+F32 = torch.float32
+
+
+# --- on the device ---------------------------------------------------------------------------------------------------
+
+
+@triton.jit
+def _stride(given, N: tl.constexpr):
+    """The distance between rows; None stands for N, whose divisors the compiler knows."""
+    if given is None:
+        return N
+    else:
+        return given
+
+
+@triton.jit
+def _tile(row, column, M, N: tl.constexpr, BLOCK: tl.constexpr):
+    """Which elements of the tile exist; the columns need no look where N fills the block."""
+    inside = (row < M)[:, None]
+    if N < BLOCK:
+        inside = inside & (column < N)[None, :]
+    return inside
+
+
+@triton.jit
+def _parameter(pointer, column, offset, N: tl.constexpr):
+    """A piece of weight or bias in float32, 0 behind the end."""
+    value = tl.load(pointer + column, mask=column < N, other=0.0, eviction_policy="evict_last").to(tl.float32)
+    if offset is not None:
+        value += offset
+    return value
+
+
+@triton.jit
+def _dropped(value, low, high, column, threshold, scale):
+    """dropout(value): the kept elements times scale, 0 elsewhere."""
+    return tl.where(kept(low, high, column, threshold), value * scale, 0.0)
+
+
+@triton.jit
+def _rstd(square, eps):
+    """1 / sqrt(square + eps), correctly rounded twice: the approximations of either lean to one side."""
+    return tl.div_rn(tl.full(square.shape, 1.0, tl.float32), tl.sqrt_rn(square + eps))
+
+
+@triton.jit
+def _forward(
+    x, residual, weight, bias, h, y, mean, rstd, seed, x_stride, r_stride, M, eps, offset, threshold, scale,
+    N: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """One tile of whole rows. Without `mean` this is rms_norm, without `seed` there is no dropout."""
+    row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    column = tl.arange(0, BLOCK)
+    inside = _tile(row, column, M, N, BLOCK)
+    place = row[:, None] * N + column[None, :]
+    at = row[:, None] * _stride(x_stride, N) + column[None, :]
+    value = tl.load(x + at, mask=inside, other=0.0, eviction_policy="evict_first").to(tl.float32)
+    if residual is not None:
+        at = row[:, None] * _stride(r_stride, N) + column[None, :]
+        other = tl.load(residual + at, mask=inside, other=0.0, eviction_policy="evict_first").to(tl.float32)
+        if seed is not None:
+            low, high = row_keys(tl.load(seed), row)
+            value = _dropped(value, low[:, None], high[:, None], column[None, :], threshold, scale)
+        added = (value + other).to(h.dtype.element_ty)
+        tl.store(h + place, added, mask=inside)
+        value = added.to(tl.float32)
+    if mean is not None:
+        mu = tl.sum(value, 1) / N
+        value = value - mu[:, None]
+        if N < BLOCK:
+            value = tl.where((column < N)[None, :], value, 0.0)
+        shift = tl.sum(value, 1) / N
+        r = _rstd(tl.maximum(tl.sum(value * value, 1) / N - shift * shift, 0.0), eps)
+        tl.store(mean + row, mu + shift, mask=row < M)
+        value = value * r[:, None] - (shift * r)[:, None]
+    else:
+        r = _rstd(tl.sum(value * value, 1) / N, eps)
+        value = value * r[:, None]
+    tl.store(rstd + row, r, mask=row < M)
+    if weight is not None:
+        value = value * _parameter(weight, column, offset, N)[None, :]
+    if bias is not None:
+        value = value + _parameter(bias, column, None, N)[None, :]
+    tl.store(y + place, value.to(y.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def _forward_wide(
+    x, residual, weight, bias, h, y, mean, rstd, seed, x_stride, r_stride, eps, offset, threshold, scale,
+    N: tl.constexpr, BLOCK: tl.constexpr, STAGES: tl.constexpr,
+):  # fmt: skip
+    """One row in pieces, twice: the statistics (and h), then y, from x or h as the first round left it in the cache."""
+    row = tl.program_id(0).to(tl.int64)
+    lane = tl.arange(0, BLOCK)
+    source = x + row * _stride(x_stride, N)
+    average = tl.zeros([BLOCK], tl.float32)
+    squares = tl.zeros([BLOCK], tl.float32)
+    if residual is not None:
+        other_source = residual + row * _stride(r_stride, N)
+        if seed is not None:
+            low, high = row_keys(tl.load(seed), row)
+    for start in tl.range(0, N, BLOCK, num_stages=STAGES):
+        column = start + lane
+        exists = column < N
+        value = tl.load(source + column, mask=exists, other=0.0).to(tl.float32)
+        if residual is not None:
+            other = tl.load(other_source + column, mask=exists, other=0.0).to(tl.float32)
+            if seed is not None:
+                value = _dropped(value, low, high, column, threshold, scale)
+            added = (value + other).to(h.dtype.element_ty)
+            tl.store(h + row * N + column, added, mask=exists)
+            value = added.to(tl.float32)
+        if mean is not None:
+            delta = tl.where(exists, value - average, 0.0)
+            average += delta * (1.0 / (start // BLOCK + 1))
+            squares += delta * (value - average)
+        else:
+            squares += value * value
+    if mean is not None:
+        count = ((N - lane + BLOCK - 1) // BLOCK).to(tl.float32)  # of the values each lane has seen
+        mu = tl.sum(average * count, 0) / N
+        average = average - mu
+        shift = tl.sum(average * count, 0) / N
+        square = tl.maximum(tl.sum(squares + average * average * count, 0) / N - shift * shift, 0.0)
+        mu += shift
+        tl.store(mean + row, mu)
+    else:
+        square = tl.sum(squares, 0) / N
+    r = _rstd(square, eps)
+    tl.store(rstd + row, r)
+    if residual is not None:
+        source = h + row * N
+        tl.debug_barrier()  # the block's own writes to h are read back
+    for start in tl.range(0, N, BLOCK, num_stages=STAGES):
+        column = start + lane
+        exists = column < N
+        value = tl.load(source + column, mask=exists, other=0.0, eviction_policy="evict_first").to(tl.float32)
+        if mean is not None:
+            value = value - mu
+        value = value * r
+        if weight is not None:
+            value = value * _parameter(weight, column, offset, N)
+        if bias is not None:
+            value = value + _parameter(bias, column, None, N)
+        tl.store(y + row * N + column, value.to(y.dtype.element_ty), mask=exists)
+
+
+@triton.jit
+def _backward(
+    dy, x, weight, mean, rstd, dh, seed, dx, dr, parts_w, parts_b, dy_stride, x_stride, M, offset, threshold, scale,
+    N: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr, STAGES: tl.constexpr,
+):  # fmt: skip
+    """Every so many tiles of whole rows: dx (and dr, the residual's), and one part of dweight and dbias."""
+    column = tl.arange(0, BLOCK)
+    if weight is not None:
+        w = _parameter(weight, column, offset, N)[None, :]
+        sum_w = tl.zeros([ROWS, BLOCK], tl.float32)
+    if parts_b is not None:
+        sum_b = tl.zeros([ROWS, BLOCK], tl.float32)
+    if seed is not None:
+        number = tl.load(seed)
+    for tile in tl.range(tl.program_id(0), tl.cdiv(M, ROWS), tl.num_programs(0), num_stages=STAGES):
+        row = tl.arange(0, ROWS).to(tl.int64) + tile * ROWS
+        inside = _tile(row, column, M, N, BLOCK)
+        place = row[:, None] * N + column[None, :]
+        xhat = tl.load(x + row[:, None] * _stride(x_stride, N) + column[None, :], mask=inside, other=0.0)
+        g = tl.load(dy + row[:, None] * _stride(dy_stride, N) + column[None, :], mask=inside, other=0.0)
+        r = tl.load(rstd + row, mask=row < M, other=0.0)[:, None]
+        g = g.to(tl.float32)
+        xhat = xhat.to(tl.float32)
+        if mean is not None:
+            xhat = xhat - tl.load(mean + row, mask=row < M, other=0.0)[:, None]
+        xhat = xhat * r
+        if parts_b is not None:
+            sum_b += g
+        if weight is not None:
+            sum_w += g * xhat
+            g = g * w
+        d = g - xhat * (tl.sum(g * xhat, 1) / N)[:, None]
+        if mean is not None:
+            d = d - (tl.sum(g, 1) / N)[:, None]
+        d = d * r
+        if dh is not None:
+            d += tl.load(dh + place, mask=inside, other=0.0).to(tl.float32)
+        if seed is not None:
+            tl.store(dr + place, d.to(dr.dtype.element_ty), mask=inside)
+            low, high = row_keys(number, row)
+            d = _dropped(d, low[:, None], high[:, None], column[None, :], threshold, scale)
+        tl.store(dx + place, d.to(dx.dtype.element_ty), mask=inside)
+    part = tl.program_id(0) * N + column
+    if weight is not None:
+        tl.store(parts_w + part, tl.sum(sum_w, 0), mask=column < N)
+    if parts_b is not None:
+        tl.store(parts_b + part, tl.sum(sum_b, 0), mask=column < N)
+
+
+@triton.jit
+def _backward_wide(
+    dy, x, weight, mean, rstd, dh, seed, dx, dr, dy_stride, x_stride, offset, threshold, scale,
+    N: tl.constexpr, BLOCK: tl.constexpr, STAGES: tl.constexpr,
+):  # fmt: skip
+    """One row in pieces, twice: its two sums, then dx (and dr) from what is still in the cache."""
+    row = tl.program_id(0).to(tl.int64)
+    lane = tl.arange(0, BLOCK)
+    x_row = x + row * _stride(x_stride, N)
+    dy_row = dy + row * _stride(dy_stride, N)
+    r = tl.load(rstd + row)
+    mu = 0.0
+    if mean is not None:
+        mu = tl.load(mean + row)
+    sum_g = tl.zeros([BLOCK], tl.float32)
+    sum_gx = tl.zeros([BLOCK], tl.float32)
+    for start in tl.range(0, N, BLOCK, num_stages=STAGES):
+        column = start + lane
+        exists = column < N
+        xhat = (tl.load(x_row + column, mask=exists, other=0.0).to(tl.float32) - mu) * r
+        g = tl.load(dy_row + column, mask=exists, other=0.0).to(tl.float32)
+        if weight is not None:
+            g = g * _parameter(weight, column, offset, N)
+        sum_g += g
+        sum_gx += g * xhat
+    c1 = 0.0
+    if mean is not None:
+        c1 = tl.sum(sum_g, 0) / N
+    c2 = tl.sum(sum_gx, 0) / N
+    if seed is not None:
+        low, high = row_keys(tl.load(seed), row)
+    for start in tl.range(0, N, BLOCK, num_stages=STAGES):
+        column = start + lane
+        exists = column < N
+        xhat = (tl.load(x_row + column, mask=exists, other=0.0).to(tl.float32) - mu) * r
+        g = tl.load(dy_row + column, mask=exists, other=0.0).to(tl.float32)
+        if weight is not None:
+            g = g * _parameter(weight, column, offset, N)
+        d = (g - c1 - xhat * c2) * r
+        if dh is not None:
+            d += tl.load(dh + row * N + column, mask=exists, other=0.0).to(tl.float32)
+        if seed is not None:
+            tl.store(dr + row * N + column, d.to(dr.dtype.element_ty), mask=exists)
+            d = _dropped(d, low, high, column, threshold, scale)
+        tl.store(dx + row * N + column, d.to(dx.dtype.element_ty), mask=exists)
+
+
+@triton.jit
+def _columns(
+    dy, x, mean, rstd, parts_w, parts_b, dy_stride, x_stride, M,
+    N: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr, STAGES: tl.constexpr,
+):  # fmt: skip
+    """The parts of dweight and dbias for some columns, from every so many rows."""
+    column = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    if parts_w is not None:
+        sum_w = tl.zeros([ROWS, BLOCK], tl.float32)
+    if parts_b is not None:
+        sum_b = tl.zeros([ROWS, BLOCK], tl.float32)
+    for tile in tl.range(tl.program_id(1), tl.cdiv(M, ROWS), tl.num_programs(1), num_stages=STAGES):
+        row = tl.arange(0, ROWS).to(tl.int64) + tile * ROWS
+        inside = (row < M)[:, None] & (column < N)[None, :]
+        g = tl.load(dy + row[:, None] * _stride(dy_stride, N) + column[None, :], mask=inside, other=0.0).to(tl.float32)
+        if parts_w is not None:
+            xhat = tl.load(x + row[:, None] * _stride(x_stride, N) + column[None, :], mask=inside, other=0.0)
+            xhat = xhat.to(tl.float32)
+            if mean is not None:
+                xhat = xhat - tl.load(mean + row, mask=row < M, other=0.0)[:, None]
+            sum_w += g * xhat * tl.load(rstd + row, mask=row < M, other=0.0)[:, None]
+        if parts_b is not None:
+            sum_b += g
+    part = tl.program_id(1) * N + column
+    if parts_w is not None:
+        tl.store(parts_w + part, tl.sum(sum_w, 0), mask=column < N)
+    if parts_b is not None:
+        tl.store(parts_b + part, tl.sum(sum_b, 0), mask=column < N)
+
+
+@triton.jit
+def _add_parts(parts, dw, db, P, N: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr):
+    """dw (and, from programs with 1 in y, db) = the sum of P parts, in an order that depends on P alone."""
+    column = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    second = tl.program_id(1)
+    total = tl.zeros([ROWS, BLOCK], tl.float32)
+    for start in tl.range(0, P, ROWS):
+        part = start + tl.arange(0, ROWS)
+        inside = (part < P)[:, None] & (column < N)[None, :]
+        total += tl.load(parts + (second * P + part)[:, None] * N + column[None, :], mask=inside, other=0.0)
+    result = tl.sum(total, 0)
+    if second == 0:
+        tl.store(dw + column, result.to(dw.dtype.element_ty), mask=column < N)
+    if db is not None:
+        if second == 1:
+            tl.store(db + column, result.to(db.dtype.element_ty), mask=column < N)
+
+
+# --- on the host -----------------------------------------------------------------------------------------------------
+
+
+@functools.lru_cache(4096)
+def _forward_shape(m: int, n: int, itemsize: int, sms: int) -> tuple[int, int, int]:
+    """Rows and columns of a tile, and warps.
+
+    Each thread loads 64 bytes at once, so that the registers of a multiprocessor hold some 50 KiB on their way, twice
+    what H200's bandwidth times its latency asks for, in several programs that take turns between memory and sums.
+    """
+    block = next_power_of_2(n)
+    return _shape(m, block, 8192 // itemsize, 64 // itemsize, sms)
+
+
+def _shape(m: int, block: int, elements: int, per_thread: int, sms: int) -> tuple[int, int, int]:
+    """Tiles of this many elements, fewer while some multiprocessors would have less than four; at least one row."""
+    height = max(elements // block, 1)
+    while height > 1 and cdiv(m, height) < 4 * sms:
+        height //= 2
+    warps = height * block // (32 * per_thread)
+    return height, block, max(warps, min(4, height * block // 256), 1)
+
+
+@functools.lru_cache(4096)
+def _backward_shape(m: int, n: int, streams: int, itemsize: int, at: Target) -> tuple[int, int, int, int, int]:
+    """Rows and columns of a tile, warps, programs and stages.
+
+    16 elements of each stream a thread: with two float32 sums more no register spills. Programs stay for the whole
+    call, as many as fit at once, and each has rows on their way through shared memory while it works on others.
+    """
+    height, block, warps = _shape(m, next_power_of_2(n), 2048, 16, at.sms)
+    together = max(16 // warps, 1)  # programs of a multiprocessor, by registers
+    room = streams * height * block * itemsize * together
+    stages = 3 if 2 * room <= at.shared else 2
+    tiles = max(cdiv(m, height), 1)
+    return height, block, warps, cdiv(tiles, cdiv(tiles, at.sms * together)), stages
+
+
+def _lines(tensor: Tensor) -> tuple[Tensor, int | None]:
+    """The tensor as rows and the distance between them, None where they follow each other."""
+    if tensor.is_contiguous():  # no view is made of the usual case
+        return tensor, None
+    flat = rows(tensor)
+    return flat, flat.stride(0)
+
+
+WIDE, WIDE_WARPS, WIDE_STAGES = 4096, 8, 3
+COLUMNS, COLUMN_ROWS = 1024, 2
+
+
+def forward(
+    x: Tensor,
+    residual: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    eps: float,
+    offset: float | None,
+    center: bool,
+    seed: Tensor | None,
+    dropout: float,
+) -> tuple[Tensor, Tensor, Tensor | None, Tensor]:
+    """y, h (empty without a residual), mean (only if center) and rstd."""
+    shape = x.shape
+    n = shape[-1]
+    m = x.numel() // n if n else 0
+    y, rstd = empty(shape, x), empty((m,), x, F32)
+    mean = empty((m,), x, F32) if center else None
+    x, x_stride = _lines(x)
+    h, out, r_stride = nothing(x), None, None
+    if residual is not None:
+        residual, r_stride = _lines(residual)
+        h = out = empty(shape, x)
+    weight = None if weight is None else weight.contiguous()
+    bias = None if bias is None else bias.contiguous()
+    tensors = (x, residual, weight, bias, out, y, mean, rstd, seed, x_stride, r_stride)
+    numbers = (eps, offset, threshold(dropout), 1.0 / (1.0 - dropout))
+    if n > REGISTERS:
+        launch(
+            _forward_wide, (m,), *tensors, *numbers, N=n, BLOCK=WIDE, STAGES=WIDE_STAGES, num_warps=WIDE_WARPS
+        )  # fmt: skip
+    else:
+        height, block, warps = _forward_shape(m, n, x.itemsize, target(x).sms)
+        launch(_forward, (cdiv(m, height),), *tensors, m, *numbers, N=n, ROWS=height, BLOCK=block, num_warps=warps)
+    return y, h, mean, rstd
+
+
+def backward(
+    dy: Tensor,
+    x: Tensor,
+    weight: Tensor | None,
+    mean: Tensor | None,
+    rstd: Tensor,
+    dh: Tensor | None,
+    needs_bias: bool,
+    offset: float | None,
+    seed: Tensor | None,
+    dropout: float,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """dx, dresidual (empty without dropout: dx is both), dweight, dbias (empty where not asked for)."""
+    n, m = x.shape[-1], rstd.numel()
+    at = target(x)
+    dx = empty(x.shape, x)
+    dr = nothing(x) if seed is None else empty(x.shape, x)
+    x, x_stride = _lines(x)
+    dy, dy_stride = _lines(dy)
+    weight = None if weight is None else weight.contiguous()
+    dh = None if dh is None else dh.contiguous()
+    numbers = (offset, threshold(dropout), 1.0 / (1.0 - dropout))
+    wide = n > REGISTERS
+    if wide:
+        height, across = COLUMN_ROWS, cdiv(n, COLUMNS)
+        parts = max(min(cdiv(m, height), 4 * at.sms // across), 1)
+    else:
+        height, block, warps, parts, stages = _backward_shape(m, n, 2 if dh is None else 3, x.itemsize, at)
+
+    dtype = F32 if weight is None else weight.dtype
+    dw = nothing(x, dtype) if weight is None else empty((n,), x, dtype)
+    db = empty((n,), x, dtype) if needs_bias else nothing(x, dtype)
+    sums = [d for d, wanted in ((dw, weight is not None), (db, needs_bias)) if wanted]
+    scratch = empty((len(sums), parts, n), x, F32) if sums else None
+    part = [None if scratch is None else scratch[i] for i in range(len(sums))]
+    parts_w = part[0] if weight is not None else None
+    parts_b = part[-1] if needs_bias else None
+    out = None if seed is None else dr
+    if wide:
+        launch(
+            _backward_wide, (m,), dy, x, weight, mean, rstd, dh, seed, dx, out, dy_stride, x_stride, *numbers,
+            N=n, BLOCK=WIDE, STAGES=WIDE_STAGES, num_warps=WIDE_WARPS,
+        )  # fmt: skip
+        if sums:
+            launch(
+                _columns, (across, parts), dy, x, mean, rstd, parts_w, parts_b, dy_stride, x_stride, m,
+                N=n, ROWS=height, BLOCK=COLUMNS, STAGES=3, num_warps=4,
+            )  # fmt: skip
+    else:
+        launch(
+            _backward, (parts,), dy, x, weight, mean, rstd, dh, seed, dx, out, parts_w, parts_b, dy_stride, x_stride, m,
+            *numbers, N=n, ROWS=height, BLOCK=block, STAGES=stages, num_warps=warps,
+        )  # fmt: skip
+    if scratch is not None:
+        tall, across = min(next_power_of_2(parts), 256), 16 if n < 4096 else 64
+        launch(
+            _add_parts, (cdiv(n, across), len(sums)), scratch, sums[0], sums[1] if len(sums) > 1 else None, parts,
+            N=n, ROWS=tall, BLOCK=across, num_warps=max(min(tall * across // 512, 8), 1),
+        )  # fmt: skip
+    return dx, dr, dw, db
