@@ -28,9 +28,12 @@ from torch import Tensor
 from fastlm.kernels._launch import Target, cdiv, empty, launch, next_power_of_2, nothing, rows, target
 from fastlm.kernels._random import kept, row_keys, threshold
 
+F32 = torch.float32
 REGISTERS = 8192
 """The longest row that is held in registers."""
-F32 = torch.float32
+WIDE_BYTES, WIDE_WARPS, WIDE_STAGES = 8192, 8, 3
+"""Pieces of a longer one: what two stages of them take stays below the 99 KiB of shared memory of small GPUs."""
+COLUMNS, COLUMN_ROWS, COLUMN_WARPS = 1024, 2, 4
 
 
 # --- on the device ---------------------------------------------------------------------------------------------------
@@ -179,15 +182,15 @@ def _forward_wide(
 
 @triton.jit
 def _backward(
-    dy, x, weight, mean, rstd, dh, seed, dx, dr, parts_w, parts_b, dy_stride, x_stride, M, offset, threshold, scale,
-    N: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr, STAGES: tl.constexpr,
+    dy, x, weight, mean, rstd, dh, seed, dx, dr, parts, dy_stride, x_stride, M, offset, threshold, scale,
+    BIAS: tl.constexpr, N: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """Every so many tiles of whole rows: dx (and dr, the residual's), and one part of dweight and dbias."""
     column = tl.arange(0, BLOCK)
     if weight is not None:
         w = _parameter(weight, column, offset, N)[None, :]
         sum_w = tl.zeros([ROWS, BLOCK], tl.float32)
-    if parts_b is not None:
+    if BIAS:
         sum_b = tl.zeros([ROWS, BLOCK], tl.float32)
     if seed is not None:
         number = tl.load(seed)
@@ -203,7 +206,7 @@ def _backward(
         if mean is not None:
             xhat = xhat - tl.load(mean + row, mask=row < M, other=0.0)[:, None]
         xhat = xhat * r
-        if parts_b is not None:
+        if BIAS:
             sum_b += g
         if weight is not None:
             sum_w += g * xhat
@@ -219,11 +222,12 @@ def _backward(
             low, high = row_keys(number, row)
             d = _dropped(d, low[:, None], high[:, None], column[None, :], threshold, scale)
         tl.store(dx + place, d.to(dx.dtype.element_ty), mask=inside)
-    part = tl.program_id(0) * N + column
+    parts += tl.program_id(0) * N + column
     if weight is not None:
-        tl.store(parts_w + part, tl.sum(sum_w, 0), mask=column < N)
-    if parts_b is not None:
-        tl.store(parts_b + part, tl.sum(sum_b, 0), mask=column < N)
+        tl.store(parts, tl.sum(sum_w, 0), mask=column < N)
+        parts += tl.num_programs(0) * N
+    if BIAS:
+        tl.store(parts, tl.sum(sum_b, 0), mask=column < N)
 
 
 @triton.jit
@@ -275,37 +279,38 @@ def _backward_wide(
 
 @triton.jit
 def _columns(
-    dy, x, mean, rstd, parts_w, parts_b, dy_stride, x_stride, M,
+    dy, x, mean, rstd, parts, dy_stride, x_stride, M, WEIGHT: tl.constexpr, BIAS: tl.constexpr,
     N: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """The parts of dweight and dbias for some columns, from every so many rows."""
     column = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    if parts_w is not None:
+    if WEIGHT:
         sum_w = tl.zeros([ROWS, BLOCK], tl.float32)
-    if parts_b is not None:
+    if BIAS:
         sum_b = tl.zeros([ROWS, BLOCK], tl.float32)
     for tile in tl.range(tl.program_id(1), tl.cdiv(M, ROWS), tl.num_programs(1), num_stages=STAGES):
         row = tl.arange(0, ROWS).to(tl.int64) + tile * ROWS
         inside = (row < M)[:, None] & (column < N)[None, :]
         g = tl.load(dy + row[:, None] * _stride(dy_stride, N) + column[None, :], mask=inside, other=0.0).to(tl.float32)
-        if parts_w is not None:
+        if WEIGHT:
             xhat = tl.load(x + row[:, None] * _stride(x_stride, N) + column[None, :], mask=inside, other=0.0)
             xhat = xhat.to(tl.float32)
             if mean is not None:
                 xhat = xhat - tl.load(mean + row, mask=row < M, other=0.0)[:, None]
             sum_w += g * xhat * tl.load(rstd + row, mask=row < M, other=0.0)[:, None]
-        if parts_b is not None:
+        if BIAS:
             sum_b += g
-    part = tl.program_id(1) * N + column
-    if parts_w is not None:
-        tl.store(parts_w + part, tl.sum(sum_w, 0), mask=column < N)
-    if parts_b is not None:
-        tl.store(parts_b + part, tl.sum(sum_b, 0), mask=column < N)
+    parts += tl.program_id(1) * N + column
+    if WEIGHT:
+        tl.store(parts, tl.sum(sum_w, 0), mask=column < N)
+        parts += tl.num_programs(1) * N
+    if BIAS:
+        tl.store(parts, tl.sum(sum_b, 0), mask=column < N)
 
 
 @triton.jit
 def _add_parts(parts, dw, db, P, N: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr):
-    """dw (and, from programs with 1 in y, db) = the sum of P parts, in an order that depends on P alone."""
+    """dw (in the programs with 1 in y, db) = the sum of P parts, in an order that depends on P alone."""
     column = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     second = tl.program_id(1)
     total = tl.zeros([ROWS, BLOCK], tl.float32)
@@ -316,9 +321,8 @@ def _add_parts(parts, dw, db, P, N: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.
     result = tl.sum(total, 0)
     if second == 0:
         tl.store(dw + column, result.to(dw.dtype.element_ty), mask=column < N)
-    if db is not None:
-        if second == 1:
-            tl.store(db + column, result.to(db.dtype.element_ty), mask=column < N)
+    else:
+        tl.store(db + column, result.to(db.dtype.element_ty), mask=column < N)
 
 
 # --- on the host -----------------------------------------------------------------------------------------------------
@@ -367,10 +371,6 @@ def _lines(tensor: Tensor) -> tuple[Tensor, int | None]:
     return flat, flat.stride(0)
 
 
-WIDE, WIDE_WARPS, WIDE_STAGES = 4096, 8, 3
-COLUMNS, COLUMN_ROWS = 1024, 2
-
-
 def forward(
     x: Tensor,
     residual: Tensor | None,
@@ -398,8 +398,9 @@ def forward(
     tensors = (x, residual, weight, bias, out, y, mean, rstd, seed, x_stride, r_stride)
     numbers = (eps, offset, threshold(dropout), 1.0 / (1.0 - dropout))
     if n > REGISTERS:
+        piece = WIDE_BYTES // x.itemsize
         launch(
-            _forward_wide, (m,), *tensors, *numbers, N=n, BLOCK=WIDE, STAGES=WIDE_STAGES, num_warps=WIDE_WARPS
+            _forward_wide, (m,), *tensors, *numbers, N=n, BLOCK=piece, STAGES=WIDE_STAGES, num_warps=WIDE_WARPS
         )  # fmt: skip
     else:
         height, block, warps = _forward_shape(m, n, x.itemsize, target(x).sms)
@@ -424,46 +425,40 @@ def backward(
     at = target(x)
     dx = empty(x.shape, x)
     dr = nothing(x) if seed is None else empty(x.shape, x)
+    dtype = F32 if weight is None else weight.dtype
+    dw = nothing(x, dtype) if weight is None else empty((n,), x, dtype)
+    db = empty((n,), x, dtype) if needs_bias else nothing(x, dtype)
+    sums = (weight is not None) + needs_bias
     x, x_stride = _lines(x)
     dy, dy_stride = _lines(dy)
     weight = None if weight is None else weight.contiguous()
     dh = None if dh is None else dh.contiguous()
+    tensors = (dy, x, weight, mean, rstd, dh, seed, dx, None if seed is None else dr)
     numbers = (offset, threshold(dropout), 1.0 / (1.0 - dropout))
-    wide = n > REGISTERS
-    if wide:
-        height, across = COLUMN_ROWS, cdiv(n, COLUMNS)
-        parts = max(min(cdiv(m, height), 4 * at.sms // across), 1)
+    if n > REGISTERS:
+        launch(
+            _backward_wide, (m,), *tensors, dy_stride, x_stride, *numbers,
+            N=n, BLOCK=WIDE_BYTES // x.itemsize, STAGES=WIDE_STAGES, num_warps=WIDE_WARPS,
+        )  # fmt: skip
+        across = cdiv(n, COLUMNS)
+        count = max(min(cdiv(m, COLUMN_ROWS), 4 * at.sms // across), 1)
+        parts = empty((sums, count, n), x, F32)
+        launch(
+            _columns, (across if sums else 0, count), dy, x, mean, rstd, parts, dy_stride, x_stride, m,
+            WEIGHT=weight is not None, BIAS=needs_bias, N=n, ROWS=COLUMN_ROWS, BLOCK=COLUMNS, STAGES=3,
+            num_warps=COLUMN_WARPS,
+        )  # fmt: skip
     else:
-        height, block, warps, parts, stages = _backward_shape(m, n, 2 if dh is None else 3, x.itemsize, at)
-
-    dtype = F32 if weight is None else weight.dtype
-    dw = nothing(x, dtype) if weight is None else empty((n,), x, dtype)
-    db = empty((n,), x, dtype) if needs_bias else nothing(x, dtype)
-    sums = [d for d, wanted in ((dw, weight is not None), (db, needs_bias)) if wanted]
-    scratch = empty((len(sums), parts, n), x, F32) if sums else None
-    part = [None if scratch is None else scratch[i] for i in range(len(sums))]
-    parts_w = part[0] if weight is not None else None
-    parts_b = part[-1] if needs_bias else None
-    out = None if seed is None else dr
-    if wide:
+        height, block, warps, count, stages = _backward_shape(m, n, 2 if dh is None else 3, x.itemsize, at)
+        parts = empty((sums, count, n), x, F32)
         launch(
-            _backward_wide, (m,), dy, x, weight, mean, rstd, dh, seed, dx, out, dy_stride, x_stride, *numbers,
-            N=n, BLOCK=WIDE, STAGES=WIDE_STAGES, num_warps=WIDE_WARPS,
+            _backward, (count,), *tensors, parts, dy_stride, x_stride, m, *numbers,
+            BIAS=needs_bias, N=n, ROWS=height, BLOCK=block, STAGES=stages, num_warps=warps,
         )  # fmt: skip
-        if sums:
-            launch(
-                _columns, (across, parts), dy, x, mean, rstd, parts_w, parts_b, dy_stride, x_stride, m,
-                N=n, ROWS=height, BLOCK=COLUMNS, STAGES=3, num_warps=4,
-            )  # fmt: skip
-    else:
-        launch(
-            _backward, (parts,), dy, x, weight, mean, rstd, dh, seed, dx, out, parts_w, parts_b, dy_stride, x_stride, m,
-            *numbers, N=n, ROWS=height, BLOCK=block, STAGES=stages, num_warps=warps,
-        )  # fmt: skip
-    if scratch is not None:
-        tall, across = min(next_power_of_2(parts), 256), 16 if n < 4096 else 64
-        launch(
-            _add_parts, (cdiv(n, across), len(sums)), scratch, sums[0], sums[1] if len(sums) > 1 else None, parts,
-            N=n, ROWS=tall, BLOCK=across, num_warps=max(min(tall * across // 512, 8), 1),
-        )  # fmt: skip
+    tall, across = min(next_power_of_2(count), 256), 16 if n < 4096 else 64
+    first, second = (dw, db) if weight is not None else (db, dw)
+    launch(
+        _add_parts, (cdiv(n, across), sums), parts, first, second, count,
+        N=n, ROWS=tall, BLOCK=across, num_warps=max(min(tall * across // 512, 8), 1),
+    )  # fmt: skip
     return dx, dr, dw, db

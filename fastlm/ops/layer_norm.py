@@ -156,7 +156,7 @@ def add_layer_norm(
     dropout: float = 0.0,
     backend: str | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """h = dropout(x) + residual, y = layer_norm(h, weight, bias, eps), in one pass; the backward adds h's gradient in its own.
+    """h = dropout(x) + residual, y = layer_norm(h, weight, bias, eps), in one pass; so is the backward, dh included.
 
     Args:
         x, residual: (..., N), same shape and dtype.
@@ -167,8 +167,8 @@ def add_layer_norm(
         (y, h), both (..., N) in the dtype of x. h is rounded to that dtype before it is normalised, as in the unfused
         form.
 
-    Raises and saves as layer_norm, with h in place of x, and one number as seed of dropout. ValueError also for a dropout that
-    is no probability below 1.
+    Raises as layer_norm, and ValueError where dropout is no probability below 1. Saves as layer_norm, with h in place
+    of x, and one number as seed of dropout.
     """
     check_norm(x, residual, weight, bias)
     seed, name = draw_seed(dropout, x.device), OP.select(x, backend)

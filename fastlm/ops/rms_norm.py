@@ -169,8 +169,8 @@ def add_rms_norm(
         (y, h), both (..., N) in the dtype of x. h is rounded to that dtype before it is normalised, as in the unfused
         form.
 
-    Raises and saves as rms_norm, with h in place of x, and one number as seed of dropout. ValueError also for a dropout that
-    is no probability below 1.
+    Raises as rms_norm, and ValueError where dropout is no probability below 1. Saves as rms_norm, with h in place of
+    x, and one number as seed of dropout.
     """
     check_norm(x, residual, weight, None)
     seed, name = draw_seed(dropout, x.device), OP.select(x, backend)

@@ -150,7 +150,7 @@ def test_rows_that_fill_the_tiles_of_a_kernel_and_one_off(backend: str, rows: in
 @each_backend
 @pytest.mark.parametrize("n", [8192, 8193, 12288])
 def test_long_rows(backend: str, n: int) -> None:
-    """Up to what a kernel holds in registers, and in pieces; float32 plainly, for the rule on leaning needs many rows."""
+    """What a kernel holds in registers, and in pieces; float32 plainly: the rule on leaning errors needs many rows."""
     compare(*inputs((2, n), torch.bfloat16, mean=3.0), backend)
     tensors = inputs((2, n), torch.float32, mean=3.0)
     oracle, oracle_grads = differentiate(torch_rms_norm, [t.double() for t in tensors])
