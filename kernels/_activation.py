@@ -77,3 +77,13 @@ def activate(x, ACTIVATION: tl.constexpr, ACCURATE: tl.constexpr):
     else:
         value, slope = gelu(x, ACTIVATION == "gelu_tanh", ACCURATE)
     return value, slope
+
+
+@triton.jit
+def tanh(x):
+    """To the last digits also near 0, where (1 - e) / (1 + e) cancels and the series takes over."""
+    e = tl.exp(tl.abs(x) * -2.0)
+    far = (1.0 - e) / (1.0 + e)
+    q = x * x
+    series = x * (q * (q * (q * (q * 0.021869489 - 0.053968254) + 0.13333333) - 0.33333333) + 1.0)
+    return tl.where(q < 0.09, series, tl.where(x < 0.0, -far, far))

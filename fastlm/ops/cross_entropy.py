@@ -9,12 +9,14 @@ from torch import Tensor
 
 from fastlm import native
 from fastlm._dispatch import LOW_PRECISION, Backend, Op
+from fastlm.kernels import _platform
 from fastlm.ops._check import check_device, check_floating
 from fastlm.ops._library import define, no_double_backward, nothing_listens
 
 OP = Op(
     "cross_entropy",
     Backend("cpu", "fastlm.native.cross_entropy", frozenset({"cpu"}), LOW_PRECISION, missing=native.missing),
+    Backend("triton", "fastlm.kernels.cross_entropy", _platform.DEVICES, LOW_PRECISION, missing=_platform.missing),
     Backend("reference", "fastlm.reference.cross_entropy"),
 )
 
@@ -221,7 +223,7 @@ def cross_entropy(
             only if nothing reads the logits again: after the call (reduction "none": after its backward) they hold the
             gradient. An operation that saved them for its own backward raises there; one backward is possible, a second
             raises. Not used in a compiled graph, where the compiler plans the memory.
-        backend: "cpu" or "reference"; None chooses.
+        backend: "cpu", "triton" or "reference"; None chooses.
 
     Returns:
         () or, for "none", (M,): float32 (float64 for float64), because a bfloat16 loss keeps three digits only.
@@ -229,7 +231,8 @@ def cross_entropy(
 
     Raises:
         ValueError, TypeError: shapes, dtypes, devices or options do not agree.
-        IndexError: a target is out of range (CPU; elsewhere its row and the mean are NaN, to spare a host sync).
+        IndexError: a target is out of range ("cpu", and "reference" on the CPU; elsewhere the loss and gradient of its
+            row, and the mean with every gradient, are NaN, to spare a host sync; nothing is read out of bounds).
         RuntimeError: overwrite_logits on a leaf that requires a gradient, a view of one or an expanded tensor.
         UnsupportedError: the backend asked for cannot run this.
 
