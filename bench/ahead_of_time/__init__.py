@@ -32,7 +32,7 @@ class Case:
     """What distinguishes it among the op's cases: direction, dtype, size."""
     run: Callable[[], object]
     """Its launches are compiled."""
-    narrow: int | Mapping[str, int] | None = 0
+    narrow: int | Mapping[str, int | None] | None = 0
     """How many loads and stores of global memory narrower than 16 bytes (statistics, labels) a kernel may have beside
     at least one of 16 bytes; a mapping names the kernels that may have some. None: the layout allows no wide ones."""
     spills: Mapping[str, int] = field(default_factory=dict)
