@@ -75,11 +75,16 @@ def test_import_needs_torch_and_numpy_alone() -> None:
 
 @pytest.mark.parametrize("name", sorted(Op.registry))
 def test_an_op_has_the_same_name_in_every_room(name: str) -> None:
-    for room in ("fastlm/ops", "fastlm/reference", "fastlm/native"):
-        assert (ROOT / room / f"{name}.py").exists(), f"{room}/{name}.py is missing"
+    rooms = {"cpu": "native", "cuda": "native", "triton": "kernels", "reference": "reference"}
+    rows = Op.registry[name].rows
+    assert "reference" in rows
+    for backend, row in rows.items():
+        assert row.module == f"fastlm.{rooms[backend]}.{name}"
+    for room in ("ops", *(rooms[backend] for backend in rows)):
+        assert (ROOT / "fastlm" / room / f"{name}.py").exists(), f"fastlm/{room}/{name}.py is missing"
     for folder, kind in (("tests/ops", "test"), ("bench", "bench")):
         assert (ROOT / folder / f"{kind}_{name}.py").exists(), f"{folder}/{kind}_{name}.py is missing"
-    assert set(Op.registry[name].rows) <= set(NAMES)
+    assert set(rows) <= set(NAMES)
 
 
 @pytest.mark.parametrize("path", SOURCES, ids=lambda p: str(p.relative_to(ROOT)))

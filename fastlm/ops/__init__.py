@@ -10,6 +10,7 @@ from fastlm.ops.layer_norm import add_layer_norm, layer_norm
 from fastlm.ops.linear_cross_entropy import linear_cross_entropy
 from fastlm.ops.rms_norm import add_rms_norm, rms_norm
 from fastlm.ops.rope import rope
+from fastlm.ops.softmax import softmax
 
 __all__ = [
     "adam_step",
@@ -25,5 +26,6 @@ __all__ = [
     "linear_cross_entropy",
     "rms_norm",
     "rope",
+    "softmax",
     "swiglu",
 ]
