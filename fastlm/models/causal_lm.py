@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from fastlm import ops
 from fastlm.models._files import load_config, load_weights, save_folder
 from fastlm.models._sampling import check_sampling, sample
-from fastlm.nn import KVCache, RotaryEmbedding, TransformerBlock
+from fastlm.nn import Embedding, KVCache, RotaryEmbedding, TransformerBlock
 from fastlm.nn.mlp import ACTIVATIONS
 from fastlm.nn.transformer import make_norm
 
@@ -129,9 +129,9 @@ class CausalLM(nn.Module):
     def __init__(self, config: CausalLMConfig) -> None:
         super().__init__()
         c = self.config = config
-        self.embed = nn.Embedding(c.vocab_size, c.width)
+        self.embed = Embedding(c.vocab_size, c.width)
         learned = c.positions == "learned"
-        self.positions = nn.Embedding(c.context, c.width) if learned else None
+        self.positions = Embedding(c.context, c.width) if learned else None
         self.rope = None if learned else RotaryEmbedding(c.width // c.heads, c.rope_base)
         self.dropout = nn.Dropout(c.dropout)
         self.blocks = nn.ModuleList(

@@ -2,6 +2,7 @@
 
 from fastlm.nn import functional
 from fastlm.nn.attention import KVCache, MultiheadAttention, SelfAttention
+from fastlm.nn.embedding import Embedding
 from fastlm.nn.loss import CrossEntropyLoss, LinearCrossEntropyLoss
 from fastlm.nn.mlp import MLP
 from fastlm.nn.norm import LayerNorm, RMSNorm
@@ -11,6 +12,7 @@ from fastlm.nn.transformer import TransformerBlock
 __all__ = [
     "MLP",
     "CrossEntropyLoss",
+    "Embedding",
     "KVCache",
     "LayerNorm",
     "LinearCrossEntropyLoss",

@@ -10,12 +10,22 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor
+from torch.overrides import handle_torch_function, has_torch_function_unary, has_torch_function_variadic
 
 from fastlm import ops
 from fastlm.nn._autocast import autocast_dtype, lower
 from fastlm.nn._losses import cross_entropy, linear_cross_entropy
 
-__all__ = ["cross_entropy", "layer_norm", "linear_cross_entropy", "rms_norm", "scaled_dot_product_attention"]
+__all__ = [
+    "cross_entropy",
+    "embedding",
+    "layer_norm",
+    "linear_cross_entropy",
+    "log_softmax",
+    "rms_norm",
+    "scaled_dot_product_attention",
+    "softmax",
+]
 
 
 def layer_norm(
@@ -68,6 +78,83 @@ def rms_norm(
     return ops.rms_norm(_rows(input, normalized_shape), _flat(weight), eps).view(input.shape)
 
 
+def embedding(
+    input: Tensor,
+    weight: Tensor,
+    padding_idx: int | None = None,
+    max_norm: float | None = None,
+    norm_type: float = 2.0,
+    scale_grad_by_freq: bool = False,
+    sparse: bool = False,
+) -> Tensor:
+    """torch.nn.functional.embedding over ops.embedding: the rows of weight that input names.
+
+    Args:
+        input: any shape, int64 or int32.
+        weight: (V, N).
+        padding_idx: the row that gets no gradient.
+        max_norm, norm_type, scale_grad_by_freq, sparse: torch's own function serves a call that uses them.
+
+    Returns:
+        (*input.shape, N), dtype of weight. Raises what torch raises; but on a GPU an index out of range gives a row of
+        NaN, where torch stops the device.
+    """
+    if has_torch_function_variadic(input, weight):
+        return handle_torch_function(
+            embedding,
+            (input, weight),
+            input,
+            weight,
+            padding_idx=padding_idx,
+            max_norm=max_norm,
+            norm_type=norm_type,
+            scale_grad_by_freq=scale_grad_by_freq,
+            sparse=sparse,
+        )
+    fits = (
+        weight.dim() == 2
+        and weight.is_floating_point()
+        and input.dtype in (torch.int64, torch.int32)
+        and input.device == weight.device
+        and weight.shape[0] > 0
+        and (padding_idx is None or -weight.shape[0] <= padding_idx < weight.shape[0])
+    )
+    if not fits or max_norm is not None or scale_grad_by_freq or sparse:
+        return torch.nn.functional.embedding(
+            input, weight, padding_idx, max_norm, norm_type, scale_grad_by_freq, sparse
+        )
+    return ops.embedding(input, weight, padding_idx)
+
+
+def softmax(input: Tensor, dim: int | None = None, _stacklevel: int = 3, dtype: torch.dtype | None = None) -> Tensor:
+    """torch.nn.functional.softmax over ops.softmax.
+
+    Args:
+        input: any shape.
+        dim: the dimension that sums to one; None is deprecated, as in torch.
+        dtype: input is cast to it first.
+
+    Returns:
+        Shape of input; dtype, or that of input (float32 under autocast on a GPU). Raises what torch raises.
+    """
+    if has_torch_function_unary(input):
+        return handle_torch_function(softmax, (input,), input, dim=dim, _stacklevel=_stacklevel, dtype=dtype)
+    if not _softmax_fits(input, dim, dtype):
+        return torch.nn.functional.softmax(input, dim, _stacklevel + 1, dtype)
+    return _softmax(input, dim, dtype, False)
+
+
+def log_softmax(
+    input: Tensor, dim: int | None = None, _stacklevel: int = 3, dtype: torch.dtype | None = None
+) -> Tensor:
+    """torch.nn.functional.log_softmax over ops.softmax; everything as in softmax."""
+    if has_torch_function_unary(input):
+        return handle_torch_function(log_softmax, (input,), input, dim=dim, _stacklevel=_stacklevel, dtype=dtype)
+    if not _softmax_fits(input, dim, dtype):
+        return torch.nn.functional.log_softmax(input, dim, _stacklevel + 1, dtype)
+    return _softmax(input, dim, dtype, True)
+
+
 def scaled_dot_product_attention(
     query: Tensor,
     key: Tensor,
@@ -118,6 +205,24 @@ def scaled_dot_product_attention(
     q, k, v = _four(query, lead), _four(key, lead, heads), _four(value, lead, heads)
     out = ops.attention(q, k, v, mask=attn_mask, causal=is_causal, scale=scale, dropout=dropout_p)
     return out.reshape(*lead, *out.shape[-2:])
+
+
+def _softmax_fits(input: Tensor, dim: int | None, dtype: torch.dtype | None) -> bool:
+    """Whether ops.softmax takes these. On the CPU torch's own kernel takes every dimension as it lies."""
+    wanted = input.dtype if dtype is None else dtype
+    if dim is None or not wanted.is_floating_point or not -input.dim() <= dim < input.dim():
+        return False
+    return not input.is_cpu or dim in (-1, input.dim() - 1)
+
+
+def _softmax(input: Tensor, dim: int | None, dtype: torch.dtype | None, log: bool) -> Tensor:
+    assert dim is not None
+    if dtype is None and input.is_cuda and autocast_dtype(input.device) and input.dtype is not torch.float64:
+        dtype = torch.float32  # as torch.autocast does there
+    input = input if dtype is None else input.to(dtype)
+    if dim in (-1, input.dim() - 1):
+        return ops.softmax(input, log=log)
+    return ops.softmax(input.movedim(dim, -1), log=log).movedim(-1, dim)
 
 
 def _norm_agrees(

@@ -4,6 +4,7 @@ from fastlm.ops.adam import adam_step, grad_norm
 from fastlm.ops.attention import attention
 from fastlm.ops.attention_varlen import attention_varlen
 from fastlm.ops.cross_entropy import cross_entropy
+from fastlm.ops.embedding import embedding
 from fastlm.ops.gelu import gelu
 from fastlm.ops.glu import geglu, swiglu
 from fastlm.ops.layer_norm import add_layer_norm, layer_norm
@@ -19,6 +20,7 @@ __all__ = [
     "attention",
     "attention_varlen",
     "cross_entropy",
+    "embedding",
     "geglu",
     "gelu",
     "grad_norm",

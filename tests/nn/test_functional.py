@@ -30,7 +30,7 @@ def agree(ours, theirs, tensors: list[Tensor | None]) -> None:
         assert_accurate(f"gradient {i}", a, o, e, BACKWARD, ulps=8)
 
 
-@pytest.mark.parametrize("name", ["layer_norm", "rms_norm"])
+@pytest.mark.parametrize("name", ["layer_norm", "rms_norm", "softmax", "log_softmax", "embedding"])
 def test_signatures_are_torchs(name: str) -> None:
     ours, theirs = inspect.signature(getattr(F, name)), inspect.signature(getattr(T, name))
     assert [(p.name, p.default, p.kind) for p in ours.parameters.values()] == [
@@ -129,6 +129,83 @@ def test_empty_norms(shape: tuple[int, ...]) -> None:
     x = torch.randn(shape)
     for name in ("layer_norm", "rms_norm"):
         assert getattr(F, name)(x, shape[-1:]).shape == getattr(T, name)(x, shape[-1:]).shape
+
+
+# --- softmax, embedding ---------------------------------------------------------------------------------------------
+
+
+@each_dtype
+@pytest.mark.parametrize("name", ["softmax", "log_softmax"])
+@pytest.mark.parametrize(("shape", "dim"), [((5,), 0), ((3, 7), -1), ((3, 7), 0), ((2, 3, 5), 1), ((), 0), ((2, 0), 1)])
+def test_softmax(name: str, dtype: torch.dtype, shape: tuple[int, ...], dim: int) -> None:
+    agree(lambda x: getattr(F, name)(x, dim), lambda x: getattr(T, name)(x, dim), [torch.randn(shape).to(dtype)])
+    x = torch.randn(shape).to(dtype)
+    for wanted in CPU_DTYPES:
+        torch.testing.assert_close(getattr(F, name)(x, dim, dtype=wanted), getattr(T, name)(x, dim, dtype=wanted))
+
+
+BAD_SOFTMAX = {
+    "dim too large": (X, 2),
+    "dim too small": (X, -3),
+    "integers": (X.long(), 0),
+    "not a tensor": ([1.0], 0),
+    "no dim": (X,),
+    "integers to float32": (X.long(), 0, 3, torch.float32),
+    "to integers": (X, 0, 3, torch.int64),
+    "scalar": (torch.tensor(1.0), -1),
+}
+
+
+@pytest.mark.parametrize("name", ["softmax", "log_softmax"])
+@pytest.mark.parametrize("case", BAD_SOFTMAX)
+def test_softmax_takes_and_refuses_what_torch_does(name: str, case: str) -> None:
+    same_outcome(lambda module: getattr(module, name)(*BAD_SOFTMAX[case]))
+
+
+IDS = torch.tensor([[0, 3, 3], [1, 0, 2]])
+EMBEDDINGS = {
+    "plain": (IDS, {}),
+    "int32": (IDS.int(), {}),
+    "padding": (IDS, {"padding_idx": 3}),
+    "padding from the end": (IDS, {"padding_idx": -1}),
+    "scaled by frequency": (IDS, {"scale_grad_by_freq": True}),
+    "nothing": (IDS[:0], {}),
+    "one": (IDS[0, 1], {}),
+}
+
+
+@each_dtype
+@pytest.mark.parametrize("case", EMBEDDINGS)
+def test_embedding(dtype: torch.dtype, case: str) -> None:
+    ids, options = EMBEDDINGS[case]
+    weight = torch.randn(4, 8).to(dtype)
+    agree(lambda w: F.embedding(ids, w, **options), lambda w: T.embedding(ids, w, **options), [weight])
+
+
+def test_embedding_options_are_torchs() -> None:
+    weight = torch.randn(4, 8, requires_grad=True)
+    (grad,) = torch.autograd.grad(F.embedding(IDS, weight, sparse=True).sum(), weight)
+    assert grad.is_sparse
+    renormed = 10 * torch.ones(4, 8)
+    assert F.embedding(IDS, renormed, max_norm=1.0).norm(dim=-1).max() <= 1.0
+    assert renormed[:, 0].max() < 1
+
+
+BAD_EMBEDDING = {
+    "floating ids": (X, X),
+    "integer weight": (IDS, X.long()),
+    "one dimension": (IDS, X[0]),
+    "out of range": (IDS + 4, X),
+    "negative": (IDS - 1, X),
+    "padding out of range": (IDS, X, 4),
+    "no rows": (IDS, X[:0]),
+    "other device": (IDS.to("meta"), X),
+}
+
+
+@pytest.mark.parametrize("case", BAD_EMBEDDING)
+def test_embedding_takes_and_refuses_what_torch_does(case: str) -> None:
+    same_outcome(lambda module: module.embedding(*BAD_EMBEDDING[case]))
 
 
 # --- attention -------------------------------------------------------------------------------------------------------
@@ -251,6 +328,8 @@ def test_autocast_gives_torchs_dtypes(dtype: torch.dtype, lowered: torch.dtype) 
         same_outcome(lambda module: module.scaled_dot_product_attention(q, q, q))
         same_outcome(lambda module: module.layer_norm(q, (8,)))
         same_outcome(lambda module: module.rms_norm(q, (8,)))
+        same_outcome(lambda module: module.softmax(q, -1))
+        same_outcome(lambda module: module.embedding(IDS, q[0, 0]))
         if dtype is not torch.float64:  # torch lowers the mask but not a float64 query, then refuses the pair
             same_outcome(lambda module: module.scaled_dot_product_attention(q, q, q, mask))
 

@@ -24,8 +24,8 @@ each_backend = pytest.mark.parametrize("backend", [b for b in BACKENDS if not b.
 both = pytest.mark.parametrize("log", [False, True], ids=["softmax", "log"])
 INF = float("inf")
 SHAPES = [
-    (1,), (1, 1), (0, 3), (3, 0), (5, 2), (3, 3, 17), (33, 64), (200, 5), (3, 1000), (2, 2048), (3, 2049), (2, 16385),
-    (2, 33000), (1, 50257),
+    (1,), (1, 1), (0, 3), (3, 0), (5, 2), (3, 3, 17), (33, 64), (200, 5), (3, 1000), (2, 2048), (3, 2049), (1, 16385),
+    (2, 33000),
 ]  # fmt: skip
 
 

@@ -1,0 +1,24 @@
+"""forward() and backward() of embedding by PyTorch's own kernels."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from fastlm.reference import wide
+
+
+def forward(ids: Tensor, weight: Tensor) -> Tensor:
+    if ids.is_cpu:  # raises where an id is out of range; elsewhere that would stop the device
+        return F.embedding(ids, weight).contiguous()
+    wrong = (ids < 0) | (ids >= weight.shape[0])
+    return F.embedding(ids.masked_fill(wrong, 0), weight).masked_fill(wrong[..., None], float("nan")).contiguous()
+
+
+def backward(dy: Tensor, ids: Tensor, classes: int, padding_idx: int) -> Tensor:
+    add = torch.ops.aten.embedding_dense_backward
+    if ids.is_cpu:
+        return add(wide(dy), ids, classes, padding_idx, False).to(dy.dtype)
+    dropped = (ids < 0) | (ids >= classes) | (ids == padding_idx)
+    return add(wide(dy), ids.masked_fill(dropped, classes), classes + 1, classes, False)[:classes].to(dy.dtype)
