@@ -18,7 +18,14 @@ def forward(ids: Tensor, weight: Tensor) -> Tensor:
 
 def backward(dy: Tensor, ids: Tensor, classes: int, padding_idx: int) -> Tensor:
     add = torch.ops.aten.embedding_dense_backward
-    if ids.is_cpu:
-        return add(wide(dy), ids, classes, padding_idx, False).to(dy.dtype)
+    if ids.is_cpu and wide(dy) is dy:
+        return add(dy, ids, classes, padding_idx, False)
+    if ids.is_cpu:  # a float32 table of the named rows alone: of all rows it would take longer than everything else
+        named, places = torch.unique(ids, return_inverse=True)
+        dweight = dy.new_zeros(classes, dy.shape[-1])
+        dweight[named.long()] = add(wide(dy), places, named.numel(), -1, False).to(dy.dtype)
+        if padding_idx >= 0:
+            dweight[padding_idx] = 0
+        return dweight
     dropped = (ids < 0) | (ids >= classes) | (ids == padding_idx)
     return add(wide(dy), ids.masked_fill(dropped, classes), classes + 1, classes, False)[:classes].to(dy.dtype)
