@@ -21,6 +21,11 @@ def dense(tensor: Tensor) -> bool:
     return True
 
 
+def memory_order(tensor: Tensor) -> tuple[int, ...]:
+    """Strides of what is walked as the tensor lies: its own if it is dense, else contiguous ones."""
+    return tensor.stride() if dense(tensor) else torch.empty(tensor.shape, device="meta").stride()
+
+
 class Walk:
     """Parameters, and what else is walked along them element by element.
 
@@ -32,12 +37,10 @@ class Walk:
     def __init__(self, params: Sequence[Tensor]) -> None:
         self.params = list(params)
         self.sizes = [p.numel() for p in params]
-        self._orders = [p.stride() if dense(p) else torch.empty(p.shape, device="meta").stride() for p in params]
-        self.strides = [
-            None if p.is_contiguous() or not dense(p) else order for p, order in zip(params, self._orders, strict=True)
-        ]
+        self._orders = [memory_order(p) for p in params]
+        self.strides = [None if p.is_contiguous() or not dense(p) else p.stride() for p in params]
         """Of the order walked; None where that is contiguous."""
-        self._copies: list[tuple[Tensor, Tensor]] = []
+        self.copies: list[tuple[Tensor, Tensor]] = []
         self._watched: list[Tensor] = []
         self._seen: list[object] = []
 
@@ -49,7 +52,7 @@ class Walk:
         if tensor.stride() == order:
             return tensor
         copy = torch.empty_strided(tensor.shape, order, dtype=tensor.dtype, device=tensor.device)
-        self._copies.append((tensor, copy))
+        self.copies.append((tensor, copy))
         return copy
 
     def gradient(self, grad: Tensor, dtype: torch.dtype, index: int) -> Tensor:
@@ -64,11 +67,11 @@ class Walk:
         return torch.empty_strided(grad.shape, strides, dtype=dtype, device=grad.device).copy_(grad)
 
     def begin(self) -> None:
-        for tensor, copy in self._copies:
+        for tensor, copy in self.copies:
             copy.copy_(tensor)
 
     def end(self) -> None:
-        for tensor, copy in self._copies:
+        for tensor, copy in self.copies:
             tensor.copy_(copy)
         # The kernel wrote behind autograd's back: a later backward() through the old values must notice.
         torch.autograd.graph.increment_version(self.params)

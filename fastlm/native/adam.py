@@ -24,7 +24,8 @@ def _pointer(values: array[int]) -> int:
 
 
 class Prepared:
-    """The tensors of one call in the order the kernel walks them, and their addresses."""
+    """The tensors of one call in the order the kernel walks them, and their addresses. There are no 8-bit states here:
+    the last two lists are empty."""
 
     def __init__(
         self,
@@ -35,6 +36,8 @@ class Prepared:
         max_exp_avg_sqs: Sequence[Tensor],
         master_params: Sequence[Tensor],
         seeds: Sequence[int],
+        exp_avg_absmaxes: Sequence[Tensor],
+        exp_avg_sq_absmaxes: Sequence[Tensor],
     ) -> None:
         self.dtype = params[0].dtype
         self.stochastic = bool(seeds)

@@ -10,17 +10,38 @@ from torch import Tensor
 
 from fastlm import native
 from fastlm._dispatch import LOW_PRECISION, Backend, Op
+from fastlm._walk import memory_order
+from fastlm.kernels import _platform
+from fastlm.reference import adam as blockwise
+from fastlm.reference.adam import BLOCK
 
 OP = Op(
     "adam",
     Backend("cpu", "fastlm.native.adam", frozenset({"cpu"}), LOW_PRECISION, missing=native.missing),
+    Backend(
+        "triton", "fastlm.kernels.adam", _platform.DEVICES, LOW_PRECISION, features=frozenset({"state_bits"}),
+        missing=_platform.missing,
+    ),
     Backend("reference", "fastlm.reference.adam"),
-)
+)  # fmt: skip
 
 
 def state_dtype(param: Tensor) -> torch.dtype:
     """dtype of the moments and of a master copy."""
     return torch.float64 if param.dtype is torch.float64 else torch.float32
+
+
+def quantize(moment: Tensor, *, signed: bool) -> tuple[Tensor, Tensor]:
+    """A dense float32 moment as adam_step's 8-bit codes, of its shape and strides, and the largest magnitudes."""
+    codes = torch.empty_like(moment, dtype=torch.uint8)
+    absmax = torch.empty(-(-moment.numel() // BLOCK), dtype=torch.float32, device=moment.device)
+    blockwise.quantize(moment, codes, absmax, signed=signed)
+    return codes, absmax
+
+
+def dequantize(codes: Tensor, absmax: Tensor, *, signed: bool) -> Tensor:
+    """The float32 moment that codes stand for."""
+    return blockwise.dequantize(codes, absmax, signed=signed)
 
 
 class Prepared:
@@ -36,6 +57,8 @@ class Prepared:
         max_exp_avg_sqs: Sequence[Tensor] | None = None,
         master_params: Sequence[Tensor] | None = None,
         rounding_seeds: Sequence[int] | None = None,
+        exp_avg_absmaxes: Sequence[Tensor] | None = None,
+        exp_avg_sq_absmaxes: Sequence[Tensor] | None = None,
         backend: str | None = None,
     ) -> None:
         if not params:
@@ -55,23 +78,38 @@ class Prepared:
             )
         if master_params and rounding_seeds:
             raise ValueError("master_params and rounding_seeds exclude each other, got both")
-        for name, tensors in (
-            ("exp_avgs", exp_avgs), ("exp_avg_sqs", exp_avg_sqs), ("max_exp_avg_sqs", max_exp_avg_sqs),
-            ("master_params", master_params),
+        exact, features = state_dtype(first), frozenset[str]()
+        if exp_avg_absmaxes or exp_avg_sq_absmaxes:
+            if max_exp_avg_sqs or exact is torch.float64:
+                raise ValueError("8-bit states are for parameters other than float64, without max_exp_avg_sqs")
+            features = frozenset({"state_bits"})
+            _check_blocks("exp_avg_absmaxes", exp_avg_absmaxes or (), params)
+            _check_blocks("exp_avg_sq_absmaxes", exp_avg_sq_absmaxes or (), params)
+        moment = torch.uint8 if features else exact
+        for name, tensors, dtype in (
+            ("exp_avgs", exp_avgs, moment), ("exp_avg_sqs", exp_avg_sqs, moment),
+            ("max_exp_avg_sqs", max_exp_avg_sqs, exact), ("master_params", master_params, exact),
         ):  # fmt: skip
             if tensors:
-                _check_like(name, tensors, params, state_dtype(first))
+                _check_like(name, tensors, params, dtype)
+        for codes, param in zip([*exp_avgs, *exp_avg_sqs], [*params, *params], strict=True) if features else ():
+            if codes.stride() != memory_order(param):
+                raise ValueError(
+                    f"exp_avgs and exp_avg_sqs of 8 bits must have strides {memory_order(param)}, as the parameter's "
+                    f"elements lie, got {codes.stride()}"
+                )
         _check_length("steps", steps, params)
         for step in steps:
             if step.numel() != 1 or step.dtype is not torch.float32:
                 raise ValueError(f"steps must be float32 of one element, got {step.dtype} of shape {tuple(step.shape)}")
         if rounding_seeds:
             _check_length("rounding_seeds", rounding_seeds, params)
-        self.backend = OP.select(first, backend)
+        self.backend = OP.select(first, backend, features)
         self._impl = OP.module(self.backend)
         self._tensors = self._impl.Prepared(
-            params, exp_avgs, exp_avg_sqs, steps, max_exp_avg_sqs or (), master_params or (), rounding_seeds or ()
-        )
+            params, exp_avgs, exp_avg_sqs, steps, max_exp_avg_sqs or (), master_params or (), rounding_seeds or (),
+            exp_avg_absmaxes or (), exp_avg_sq_absmaxes or (),
+        )  # fmt: skip
 
     def current(self) -> bool:
         """Whether the tensors still lie where they lay; if not, prepare again."""
@@ -81,7 +119,7 @@ class Prepared:
         self,
         grads: Sequence[Tensor],
         *,
-        lr: float,
+        lr: float | Tensor,
         betas: tuple[float, float],
         eps: float,
         weight_decay: float,
@@ -110,6 +148,17 @@ def _check_like(name: str, tensors: Sequence[Tensor], params: Sequence[Tensor], 
             )
 
 
+def _check_blocks(name: str, absmaxes: Sequence[Tensor], params: Sequence[Tensor]) -> None:
+    _check_length(name, absmaxes, params)
+    for absmax, param in zip(absmaxes, params, strict=True):
+        shape = (-(-param.numel() // BLOCK),)
+        if absmax.shape != shape or absmax.dtype is not torch.float32 or absmax.device != param.device:
+            raise ValueError(
+                f"{name} must be {shape} of torch.float32 on {param.device} for a parameter of {param.numel()} "
+                f"elements, got {tuple(absmax.shape)} of {absmax.dtype} on {absmax.device}"
+            )
+
+
 @torch.no_grad()
 def adam_step(
     params: Sequence[Tensor],
@@ -121,7 +170,9 @@ def adam_step(
     max_exp_avg_sqs: Sequence[Tensor] | None = None,
     master_params: Sequence[Tensor] | None = None,
     rounding_seeds: Sequence[int] | None = None,
-    lr: float,
+    exp_avg_absmaxes: Sequence[Tensor] | None = None,
+    exp_avg_sq_absmaxes: Sequence[Tensor] | None = None,
+    lr: float | Tensor,
     betas: tuple[float, float] = (0.9, 0.999),
     eps: float = 1e-8,
     weight_decay: float = 0.0,
@@ -148,17 +199,22 @@ def adam_step(
         params: tensors of one dtype (float32, bfloat16, float16, float64) and device; any strides.
         grads: their gradients, same shapes.
         exp_avgs, exp_avg_sqs: moments, shapes of params, float32 (float64 for float64).
-        steps: one float32 number for each parameter, steps done so far.
+        steps: one float32 number for each parameter, steps done so far; "triton" needs them on the parameters' device.
         max_exp_avg_sqs: like exp_avg_sqs; given, the largest second moment so far takes the second moment's place
             (AMSGrad, openreview ryQu7f-RZ).
         master_params: float32 copies of 16-bit parameters; they are updated and the parameters are their rounding.
             Elements of a parameter changed since the last step count in place of the copy's.
         rounding_seeds: one 63-bit integer for each 16-bit parameter; given, the result is rounded up or down with
             probability by nearness, by a hash of (seed, step, index): the same call gives the same bits.
-        lr, betas, eps, weight_decay: the numbers of the formula.
+        exp_avg_absmaxes, exp_avg_sq_absmaxes: given, the moments are 8-bit codes (Dettmers et al. 2021,
+            arXiv:2110.02861), uint8 with the memory order of the parameter: each is a place in a table of 256 values
+            between -1 (0 for exp_avg_sq) and 1, times the largest magnitude of its block of 256 elements, which
+            stands here, float32, (ceil(numel / 256),). The update is made with float32 moments, which are rounded to
+            the nearest codes. quantize() and dequantize() convert.
+        lr, betas, eps, weight_decay: the numbers of the formula. A tensor for lr is read on the device by "triton".
         grad_scale: one-element tensor the gradients are divided by. None stands for 1.
         found_inf: one-element tensor; anything but zero leaves every tensor, steps included, as it was.
-        backend: "cpu" or "reference"; None chooses.
+        backend: "cpu", "triton" or "reference"; None chooses.
 
     Raises:
         ValueError: shapes, dtypes, devices or lengths do not agree.
@@ -176,7 +232,8 @@ def adam_step(
         return
     Prepared(
         params, exp_avgs, exp_avg_sqs, steps, max_exp_avg_sqs=max_exp_avg_sqs, master_params=master_params,
-        rounding_seeds=rounding_seeds, backend=backend,
+        rounding_seeds=rounding_seeds, exp_avg_absmaxes=exp_avg_absmaxes, exp_avg_sq_absmaxes=exp_avg_sq_absmaxes,
+        backend=backend,
     ).step(
         grads, lr=lr, betas=betas, eps=eps, weight_decay=weight_decay, decoupled=decoupled, maximize=maximize,
         grad_scale=grad_scale, found_inf=found_inf,
@@ -192,7 +249,7 @@ def grad_norm(grads: Sequence[Tensor], *, backend: str | None = None) -> Tensor:
 
     Args:
         grads: dense tensors of any floating dtypes and devices.
-        backend: "cpu" or "reference"; None chooses.
+        backend: "cpu", "triton" or "reference"; None chooses.
 
     Returns:
         0-d float32 (float64 if any gradient is), on the device of the first gradient; 0 for an empty list.

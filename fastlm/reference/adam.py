@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -24,6 +25,8 @@ class Prepared:
     max_exp_avg_sqs: Sequence[Tensor]
     master_params: Sequence[Tensor]
     seeds: Sequence[int]
+    exp_avg_absmaxes: Sequence[Tensor]
+    exp_avg_sq_absmaxes: Sequence[Tensor]
 
     def current(self) -> bool:
         return True  # tensors are read through PyTorch, wherever they lie
@@ -32,7 +35,7 @@ class Prepared:
 def forward(
     prepared: Prepared,
     grads: Sequence[Tensor],
-    lr: float,
+    lr: float | Tensor,
     beta1: float,
     beta2: float,
     eps: float,
@@ -44,6 +47,7 @@ def forward(
 ) -> None:
     if found_inf is not None and found_inf.item():
         return
+    lr = float(lr)
     scale = 1.0 if grad_scale is None else 1.0 / grad_scale.item()
     for i, param in enumerate(prepared.params):
         prepared.steps[i].add_(1)
@@ -56,8 +60,15 @@ def forward(
         grad = grads[i].to(w.dtype) * (-scale if maximize else scale)
         if weight_decay != 0 and not decoupled:
             grad = grad + w * weight_decay
-        first = prepared.exp_avgs[i].lerp_(grad, 1 - beta1)
-        second = prepared.exp_avg_sqs[i].mul_(beta2).addcmul_(grad, grad, value=1 - beta2)
+        first, second = prepared.exp_avgs[i], prepared.exp_avg_sqs[i]
+        if prepared.exp_avg_absmaxes:
+            first = dequantize(first, prepared.exp_avg_absmaxes[i], signed=True)
+            second = dequantize(second, prepared.exp_avg_sq_absmaxes[i], signed=False)
+        first.lerp_(grad, 1 - beta1)
+        second.mul_(beta2).addcmul_(grad, grad, value=1 - beta2)
+        if prepared.exp_avg_absmaxes:
+            quantize(first, prepared.exp_avgs[i], prepared.exp_avg_absmaxes[i], signed=True)
+            quantize(second, prepared.exp_avg_sqs[i], prepared.exp_avg_sq_absmaxes[i], signed=False)
         if prepared.max_exp_avg_sqs:
             second = torch.maximum(prepared.max_exp_avg_sqs[i], second, out=prepared.max_exp_avg_sqs[i])
         update = first / (second.sqrt() / math.sqrt(1 - beta2**step) + eps) * (lr / (1 - beta1**step))
@@ -106,3 +117,61 @@ def _round_randomly(w: Tensor, random: Tensor, dtype: torch.dtype) -> Tensor:
     else:
         return w
     return torch.where(w.isnan(), w, rounded)
+
+
+# --- 8-bit states ----------------------------------------------------------------------------------------------------
+
+BLOCK = 256
+"""Elements that share a scale, in memory order; the last block may be shorter."""
+
+
+@functools.cache
+def code_book(signed: bool, device: torch.device) -> tuple[Tensor, Tensor]:
+    """The 256 values in ascending order, and the 255 numbers halfway between neighbours; float32.
+
+    The dynamic tree of Dettmers et al. 2021 (arXiv:2110.02861): decade d of (0, 1], d = -7 ... -1, holds 2^(d+7)
+    (signed, of either sign) or 2^(d+8) values, the middles of as many equal parts of [10^d, 10^(d+1)]; and 0, and 1.
+    An unsigned number above 0 is never 0: a second moment lost would make the next step as large as eps is small.
+    """
+    top = 6 if signed else 7
+    n = torch.arange(1 if signed else 2, 2 << top, dtype=torch.float32)
+    _, places = torch.frexp(n)
+    step = torch.exp2(1.0 - places)
+    # exact but for the last two products, so that a kernel can compute the same bits
+    values = (9 * (n + 0.5) * step - 8) * (10.0 ** (places - 1).double()).float() * (1e-7 if signed else 1e-8)
+    zero, one = torch.zeros(1), torch.ones(1)
+    book = torch.cat([-values.flip(0), zero, values, one] if signed else [zero, values, one])
+    halfway = ((book[1:].double() + book[:-1].double()) / 2).float()
+    if not signed:
+        halfway[0] = 2.0**-149
+    return book.to(device), halfway.to(device)
+
+
+def _in_memory_order(tensor: Tensor) -> Tensor:
+    """A dense tensor's elements as they lie, 1-d, without a copy."""
+    return tensor.as_strided((tensor.numel(),), (1,))
+
+
+def dequantize(codes: Tensor, absmax: Tensor, *, signed: bool) -> Tensor:
+    """float32 of the codes' shape and strides: the code's value times the largest magnitude of its block.
+
+    Args:
+        codes: uint8, dense.
+        absmax: (ceil(numel / 256),) float32.
+    """
+    book, _ = code_book(signed, codes.device)
+    scale = absmax.repeat_interleave(BLOCK)[: codes.numel()]
+    result = torch.empty_like(codes, dtype=torch.float32)
+    _in_memory_order(result).copy_(book[_in_memory_order(codes).int()] * scale)
+    return result
+
+
+def quantize(values: Tensor, codes: Tensor, absmax: Tensor, *, signed: bool) -> None:
+    """The inverse of dequantize(), to the nearest code, into codes and absmax; values has the strides of codes."""
+    _, halfway = code_book(signed, codes.device)
+    flat = torch.nn.functional.pad(_in_memory_order(values), (0, -values.numel() % BLOCK)).view(len(absmax), BLOCK)
+    torch.amax(flat.abs(), dim=1, out=absmax)
+    usable = (absmax >= torch.finfo(torch.float32).tiny) & absmax.isfinite()
+    inverse = torch.where(usable, absmax.reciprocal(), 0.0)
+    scaled = torch.where(usable[:, None], flat, 0.0) * inverse[:, None]
+    _in_memory_order(codes).copy_(torch.bucketize(scaled, halfway, right=True).view(-1)[: codes.numel()])

@@ -10,11 +10,25 @@ import torch
 from torch import Tensor
 
 import fastlm
-from fastlm import native, ops
+from fastlm import ops
 from fastlm.ops.adam import OP, Prepared
-from tests.ops.harness import FORWARD, assert_accurate, assert_same_bits, each_backend, each_dtype, layouts, on
+from tests.ops.harness import (
+    BACKENDS,
+    FORWARD,
+    assert_accurate,
+    assert_same_bits,
+    each_backend,
+    each_dtype,
+    layouts,
+    on,
+    refuses,
+    sizes,
+)  # fmt: skip
 
-SHAPES = [(3, 5), (), (0,), (8192,), (8193,), (2, 8191), (40_000,), (16,)]
+SHAPES = sizes(
+    [(3, 5), (), (0,), (8192,), (8193,), (2, 8191), (40_000,), (16,)],
+    [(3, 5), (), (0,), (1024,), (1025,), (2, 511), (4097,), (16,)],
+)
 LOW = pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bfloat16", "float16"])
 
 
@@ -45,8 +59,8 @@ class Problem:
         return [t for ts in (self.params, self.exp_avgs, self.exp_avg_sqs, self.steps, *lists) for t in ts]
 
 
-def make(dtype: torch.dtype, shapes: list[tuple[int, ...]] = SHAPES, scale: float = 1.0) -> list[Tensor]:
-    return [(torch.randn(shape) * scale).to(dtype) for shape in shapes]
+def make(dtype: torch.dtype, shapes: list[tuple[int, ...]] = SHAPES) -> list[Tensor]:
+    return [torch.randn(shape).to(dtype) for shape in shapes]
 
 
 @each_backend
@@ -54,7 +68,7 @@ def make(dtype: torch.dtype, shapes: list[tuple[int, ...]] = SHAPES, scale: floa
 @pytest.mark.parametrize("amsgrad", [False, True], ids=["plain", "amsgrad"])
 @pytest.mark.parametrize("decoupled", [False, True], ids=["coupled", "decoupled"])
 def test_matches_float64(backend: str, dtype: torch.dtype, amsgrad: bool, decoupled: bool) -> None:
-    params, grads = make(dtype), [make(dtype) for _ in range(5)]
+    params, grads = make(dtype), [make(dtype) for _ in range(sizes(5, 3))]
     options = {"weight_decay": 0.1, "eps": 1e-4, "decoupled": decoupled, "maximize": amsgrad}
     ours, oracle = Problem(params, amsgrad=amsgrad), Problem([p.double() for p in params], amsgrad=amsgrad)
     eager_params = [torch.nn.Parameter(p.clone()) for p in params]
@@ -74,7 +88,7 @@ def test_matches_float64(backend: str, dtype: torch.dtype, amsgrad: bool, decoup
         if decoupled or dtype is torch.float32:  # else the moments hold the rounded parameters' decay
             assert_accurate(f"exp_avg {i}", ours.exp_avgs[i], oracle.exp_avgs[i], state["exp_avg"], FORWARD)
             assert_accurate(f"exp_avg_sq {i}", ours.exp_avg_sqs[i], oracle.exp_avg_sqs[i], state["exp_avg_sq"], FORWARD)
-        assert ours.steps[i] == 5
+        assert ours.steps[i] == len(grads)
 
 
 def test_the_float64_oracle_is_torch() -> None:
@@ -123,6 +137,18 @@ def test_scale_and_found_inf(backend: str, dtype: torch.dtype) -> None:
 
 
 @each_backend
+def test_lr_as_a_tensor(backend: str) -> None:
+    params, grads = make(torch.float32, [(50,)]), make(torch.float32, [(50,)])
+    plain = Problem(params)
+    with on(backend):
+        plain.step(grads, lr=0.25, weight_decay=0.1, decoupled=True)
+        for dtype in (torch.float32, torch.float64):
+            problem = Problem(params)
+            problem.step(grads, lr=torch.tensor(0.25, dtype=dtype), weight_decay=0.1, decoupled=True)
+            assert_same_bits(problem.tensors(), plain.tensors())
+
+
+@each_backend
 @each_dtype
 def test_layouts(backend: str, dtype: torch.dtype) -> None:
     """Any layout of parameter, gradient and state, mixed, gives the same numbers and touches nothing between them."""
@@ -156,7 +182,7 @@ def test_gradients_of_another_dtype(backend: str) -> None:
 @each_backend
 @each_dtype
 def test_same_bits_again_and_for_any_thread_count(backend: str, dtype: torch.dtype) -> None:
-    shapes = [(100_001,), (7,), (300, 301)]
+    shapes = sizes([(100_001,), (7,), (300, 301)], [(5001,), (7,), (3, 301)])
     params, grads = make(dtype, shapes), make(dtype, shapes)
     problems = [Problem(params, seeds=dtype is not torch.float32) for _ in range(3)]
     norms = []
@@ -196,8 +222,9 @@ def test_masters_follow_float32(backend: str, dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("how", ["masters", "seeds"])
 def test_updates_below_half_an_ulp_add_up(backend: str, dtype: torch.dtype, how: str) -> None:
     """10 000 steps, each far below what the parameter's dtype resolves: rounded to nearest, nothing would move."""
-    steps, n = (10_000 if backend != "reference" else 1_500), 256
-    lr = 0.25 / steps
+    steps, n = sizes(10_000 if backend != "reference" else 1_500, 300), 256
+    distance = sizes(0.25, 0.06)
+    lr = distance / steps
     problem = Problem([torch.ones(n, dtype=dtype)], **{how: True})
     plain = Problem([torch.ones(n, dtype=dtype)])
     grads = [torch.full((n,), 0.5, dtype=dtype)]
@@ -207,31 +234,32 @@ def test_updates_below_half_an_ulp_add_up(backend: str, dtype: torch.dtype, how:
             for _ in range(steps):
                 prepared.step(grads, lr=lr, betas=(0.9, 0.999), eps=1e-8, weight_decay=0.0, decoupled=False)
     assert plain.params[0].float().mean() == 1.0
-    assert abs(problem.params[0].float().mean().item() - 0.75) < 0.01
+    assert abs(problem.params[0].float().mean().item() - (1 - distance)) < 0.01
     if how == "seeds":
         assert problem.params[0].unique().numel() > 3
 
 
+@each_backend
 @LOW
-def test_stochastic_rounding_is_the_same_everywhere(dtype: torch.dtype) -> None:
-    params, grads = make(dtype, [(20_000,), (31, 7)]), make(dtype, [(20_000,), (31, 7)])
+def test_stochastic_rounding_is_the_same_everywhere(backend: str, dtype: torch.dtype) -> None:
+    shapes = [(sizes(20_000, 6_000),), (31, 7)]
+    params, grads = make(dtype, shapes), make(dtype, shapes)
     results = []
-    for backend in ["reference", *(f"cpu-{isa}" for isa in native.isas())]:
+    for name in ("reference", backend):
         problem = Problem(params, seeds=True)
         problem.params[1] = problem.params[1].t().contiguous().t()  # the index counts in memory order
-        with on(backend):
+        with on(name):
             problem.step(grads)
         results.append(problem.params)
-    for other in results[1:]:
-        for a, b in zip(results[0], other, strict=True):
-            assert (a != b).float().mean() < 1e-3  # they differ where the unrounded values do
+    for a, b in zip(*results, strict=True):
+        assert (a != b).float().mean() < 2e-3  # they differ where the unrounded values do
 
 
 @LOW
 @each_backend
 def test_stochastic_rounding_is_unbiased(backend: str, dtype: torch.dtype) -> None:
     """Between two neighbours, at every magnitude (float16's subnormals too), the mean is the value itself."""
-    n = 1 << 16
+    n = sizes(1 << 16, 1 << 13)
     for value in (1.0, -3.0, 2.0**-14, -(2.0**-16), 6e-8, 1000.0):
         low = torch.full((n,), value, dtype=dtype)
         ulp = (torch.nextafter(low[0].abs(), torch.tensor(float("inf"), dtype=dtype)) - low[0].abs()).float().item()
@@ -240,7 +268,7 @@ def test_stochastic_rounding_is_unbiased(backend: str, dtype: torch.dtype) -> No
             problem.step([torch.full((n,), -1.0, dtype=dtype)], lr=0.25 * ulp)
         moved = (problem.params[0].float() - low.float()) / ulp
         assert set(moved.unique().tolist()) <= {-0.5, 0.0, 0.5, 1.0}
-        assert abs(moved.mean().item() - 0.25) < 0.02, value
+        assert abs(moved.mean().item() - 0.25) < sizes(0.02, 0.03), value
 
 
 @each_backend
@@ -278,6 +306,157 @@ def test_norm_over_dtypes() -> None:
     grads = [torch.randn(5), torch.randn(6).bfloat16(), torch.randn(7).double()]
     actual, expected = ops.grad_norm(grads), torch.cat([g.double() for g in grads]).norm()
     torch.testing.assert_close(actual, expected, rtol=1e-6, atol=0)
+
+
+# --- 8-bit states ----------------------------------------------------------------------------------------------------
+
+BITS = frozenset({"state_bits"})
+
+
+def quantized(params: list[Tensor], scale: float = 1.0) -> Problem:
+    """A problem whose moments are codes of random ones."""
+    problem = Problem(params)
+    problem.options["exp_avg_absmaxes"], problem.options["exp_avg_sq_absmaxes"] = [], []
+    for i, p in enumerate(params):
+        mean = torch.randn_like(p, dtype=torch.float32) * 0.1 * scale
+        square = torch.randn_like(mean).square() * scale**2
+        problem.exp_avgs[i], absmax = ops.adam.quantize(mean, signed=True)
+        problem.options["exp_avg_absmaxes"].append(absmax)
+        problem.exp_avg_sqs[i], absmax = ops.adam.quantize(square, signed=False)
+        problem.options["exp_avg_sq_absmaxes"].append(absmax)
+    return problem
+
+
+def duplicate(problem: Problem) -> Problem:
+    return copy.deepcopy(problem)
+
+
+def test_code_books() -> None:
+    for signed in (True, False):
+        book, _ = ops.adam.blockwise.code_book(signed, torch.device("cpu"))
+        edges = [torch.linspace(0.1, 1, 2 ** (i + (0 if signed else 1)) + 1, dtype=torch.float64) for i in range(7)]
+        values = torch.cat([(e[1:] + e[:-1]) / 2 * 10.0 ** (i - 6) for i, e in enumerate(edges)])
+        zero, one = torch.zeros(1, dtype=torch.float64), torch.ones(1, dtype=torch.float64)
+        expected = torch.cat([-values, zero, values, one] if signed else [zero, values, one]).sort().values
+        assert len(book) == 256
+        torch.testing.assert_close(book.double(), expected, rtol=2e-7, atol=0)
+        for values in (torch.randn(1000), torch.randn(1000) * 1e-30, torch.randn(3, 500).t(), torch.zeros(300)):
+            moment = values if signed else values.abs()
+            codes, absmax = ops.adam.quantize(moment, signed=signed)
+            back = ops.adam.dequantize(codes, absmax, signed=signed)
+            assert back.stride() == moment.stride() and codes.dtype is torch.uint8
+            assert len(absmax) == -(-moment.numel() // 256)
+            scale = moment.abs().max()
+            assert bool(((back - moment).abs() <= (0.0072 if signed else 0.0036) * scale).all())
+            again, _ = ops.adam.quantize(back, signed=signed)
+            assert signed or torch.equal(again, codes)  # -1 is no code: a largest magnitude below zero shrinks
+    tiny = torch.tensor([1.0, 1e-12, 0.0])
+    codes, _ = ops.adam.quantize(tiny, signed=False)
+    assert codes.tolist() == [255, 1, 0]  # a second moment above zero never becomes zero
+    codes, absmax = ops.adam.quantize(torch.tensor([1.0, float("nan")]), signed=True)
+    assert bool(ops.adam.dequantize(codes, absmax, signed=True).isnan().all())
+
+
+@each_backend
+@each_dtype
+def test_8_bit_states(backend: str, dtype: torch.dtype) -> None:
+    """The step of the reference, with codes at most one off where rounding differs; decoded, that of float32 states."""
+    params, grads = make(dtype), make(dtype)
+    ours = quantized(params)
+    if refuses(OP, backend, params[0], BITS):
+        with on(backend), pytest.raises(fastlm.UnsupportedError, match="no state_bits"):
+            ours.step(grads)
+        return
+    theirs, wide = duplicate(ours), Problem(params)
+    names = (("exp_avgs", True), ("exp_avg_sqs", False))
+    for name, signed in names:
+        for codes, absmax, moment in zip(
+            getattr(ours, name), ours.options[f"{name[:-1]}_absmaxes"], getattr(wide, name), strict=True
+        ):
+            moment.copy_(ops.adam.dequantize(codes, absmax, signed=signed))
+    options = {"weight_decay": 0.1, "decoupled": True, "grad_scale": torch.tensor(2.0)}
+    with on(backend):
+        ours.step(grads, **options)
+    theirs.step(grads, backend="reference", **options)
+    wide.step(grads, backend="reference", **options)
+    torch.testing.assert_close(ours.params, wide.params, rtol=2 * torch.finfo(dtype).eps, atol=1e-6)
+    for name, signed in names:
+        for codes, expected, absmax, moment in zip(
+            getattr(ours, name), getattr(theirs, name), ours.options[f"{name[:-1]}_absmaxes"], getattr(wide, name),
+            strict=True,
+        ):  # fmt: skip
+            off = (codes.int() - expected.int()).abs()
+            assert off.numel() == 0 or (off.max() <= 1 and (off > 0).sum() <= 1 + 1e-3 * off.numel())
+            back = ops.adam.dequantize(codes, absmax, signed=signed)
+            largest = absmax.repeat_interleave(256)[: moment.numel()].view(moment.shape)
+            assert bool(((back - moment).abs() <= 0.0072 * largest + 1e-12).all())
+    before = [t.clone() for t in ours.tensors()]
+    with on(backend):
+        ours.step(grads, found_inf=torch.tensor(1.0))
+    assert_same_bits(ours.tensors(), before)
+
+
+@each_backend
+def test_8_bit_states_in_the_order_of_the_parameter(backend: str) -> None:
+    values, grad = torch.randn(40, 130), torch.randn(40, 130)
+    if refuses(OP, backend, values, BITS):
+        return
+    plain = quantized([values.t().contiguous()])
+    turned = duplicate(plain)
+    for tensors in (turned.params, turned.exp_avgs, turned.exp_avg_sqs):
+        tensors[0] = tensors[0].t()
+    with on(backend):
+        plain.step([grad.t()])
+        turned.step([grad])
+    assert torch.equal(turned.params[0], plain.params[0].t())
+    assert torch.equal(turned.exp_avgs[0], plain.exp_avgs[0].t())
+    turned.params[0] = turned.params[0].contiguous()
+    with on(backend), pytest.raises(ValueError, match="strides"):
+        turned.step([grad])
+
+
+# --- the tables of the Triton kernels --------------------------------------------------------------------------------
+
+triton_alone = pytest.mark.parametrize("backend", [b for b in BACKENDS if b == "triton"])
+
+
+@triton_alone
+def test_chunks_of_many_and_of_huge_tensors(backend: str) -> None:
+    from fastlm.kernels.adam import chunks
+
+    owner, first = chunks([5, 0, 4096, 4097, 0, 2**33 + 1], 4096)
+    assert owner[:4].tolist() == [0, 2, 3, 3] and len(owner) == 4 + 2**21 + 1 and owner[-1] == 5
+    assert first.tolist() == [0, 1, 1, 2, 4, 4]
+
+
+@triton_alone
+@pytest.mark.parametrize("stochastic", [False, True], ids=["nearest", "stochastic"])
+def test_elements_beyond_32_bits(backend: str, stochastic: bool) -> None:
+    """The tail of a tensor of 2^33 elements, by a table that says so of memory that holds the tail alone."""
+    from fastlm.kernels import adam
+
+    dtype, before = torch.bfloat16 if stochastic else torch.float32, 1 << 33
+    problem, plain = (Problem([torch.ones(5000, dtype=dtype)], seeds=stochastic) for _ in range(2))
+    grads = make(dtype, [(5000,)])
+    with on(backend):
+        plain.step(grads)
+        prepared = Prepared(problem.params, problem.exp_avgs, problem.exp_avg_sqs, problem.steps, **problem.options)
+        tables = prepared._tensors
+        table = tables.table.view(len(adam.ROWS), 1)
+        table[adam.ROWS.index("size")] += before
+        table[adam.ROWS.index("first")] -= before // adam.CHUNK
+        table[adam.ROWS.index("param")] -= before * dtype.itemsize
+        for row in ("exp_avg", "exp_avg_sq"):
+            table[adam.ROWS.index(row)] -= before * 4
+        _, where = tables.grads = [grads[0].data_ptr()], tables.gradients([grads[0].data_ptr()])
+        where -= before * dtype.itemsize
+        prepared.step(grads, lr=1e-2, betas=(0.9, 0.999), eps=1e-8, weight_decay=0.0, decoupled=False)
+    assert_same_bits(problem.exp_avgs + problem.exp_avg_sqs, plain.exp_avgs + plain.exp_avg_sqs)
+    if stochastic:  # the bits depend on the upper half of the index too
+        assert not torch.equal(problem.params[0], plain.params[0])
+        torch.testing.assert_close(problem.params[0], plain.params[0], rtol=2**-7, atol=0)
+    else:
+        assert_same_bits(problem.params, plain.params)
 
 
 # --- the call --------------------------------------------------------------------------------------------------------
@@ -337,6 +516,17 @@ def call(change: dict[str, Any]) -> None:
         ({"grads": [torch.ones(2, 3, dtype=torch.int64)]}, TypeError, "grad must be"),
         ({"params": [torch.ones(2, 3, dtype=torch.int64)]}, TypeError, "params must be floating point"),
         ({"backend": "gpu"}, ValueError, "backend must be one of"),
+        ({"exp_avg_absmaxes": [torch.ones(1)]}, ValueError, "exp_avg_sq_absmaxes must hold 1"),
+        (
+            {"exp_avg_absmaxes": [torch.ones(2)], "exp_avg_sq_absmaxes": [torch.ones(1)]},
+            ValueError,
+            r"exp_avg_absmaxes must be \(1,\)",
+        ),
+        (
+            {"exp_avg_absmaxes": [torch.ones(1)], "exp_avg_sq_absmaxes": [torch.ones(1)]},
+            ValueError,
+            "exp_avgs must be .* of torch.uint8",
+        ),
     ],
 )
 def test_bad_arguments(change: dict[str, Any], error: type[Exception], match: str) -> None:
