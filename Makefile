@@ -42,7 +42,7 @@ demo: $(VENV)/.installed
 # The second run has the Triton kernels compute on the CPU, in Triton's interpreter: a switch of the whole process.
 test: $(VENV)/.installed
 	@$(BIN)/python -m pytest -q tests
-	@if $(BIN)/python -c "import triton" 2>/dev/null; then TRITON_INTERPRET=1 $(BIN)/python -m pytest -q tests/ops; fi
+	@if $(BIN)/python -c "import triton" 2>/dev/null; then TRITON_INTERPRET=1 $(BIN)/python -m pytest -q tests/ops tests/optim; fi
 
 amd: $(VENV)/.installed
 	@$(BIN)/python -m bench.ahead_of_time --chip gfx942

@@ -9,9 +9,12 @@ import torch
 from torch import Tensor
 
 from fastlm._dispatch import UnsupportedError
-from fastlm.ops.adam import Prepared, grad_norm, state_dtype
+from fastlm._walk import memory_order
+from fastlm.ops.adam import OP, Prepared, dequantize, grad_norm, quantize, state_dtype
 
 LOW = (torch.bfloat16, torch.float16)
+MOMENTS = {"exp_avg": True, "exp_avg_sq": False}  # whether they have a sign
+SMALL = 4096  # parameters of fewer elements keep 32-bit states: biases and norms, which steer more than they weigh
 EXACT = ("exp_avg", "exp_avg_sq", "max_exp_avg_sq", "master_param")  # state that stays float32 for 16-bit parameters
 
 
@@ -21,12 +24,18 @@ class _Fused(torch.optim.Adam):
     max_norm: float | None = None
     master_weights: bool = False
     stochastic_rounding: bool = False
+    state_bits: int = 32
     grad_norm: Tensor | None = None
     """Norm of all gradients at the last step, before clipping and after unscaling, 0-d; None without max_norm."""
     _step_supports_amp_scaling = True  # GradScaler hands grad_scale and found_inf to step() in place of its own pass
 
     def _configure(
-        self, differentiable: bool, max_norm: float | None, master_weights: bool, stochastic_rounding: bool
+        self,
+        differentiable: bool,
+        max_norm: float | None,
+        master_weights: bool,
+        stochastic_rounding: bool,
+        state_bits: int,
     ) -> None:
         if differentiable:
             raise UnsupportedError(
@@ -37,6 +46,9 @@ class _Fused(torch.optim.Adam):
             raise ValueError(f"max_norm must be above 0, or None for no clipping, got {max_norm}")
         if master_weights and stochastic_rounding:
             raise ValueError("master_weights and stochastic_rounding exclude each other, got both")
+        if state_bits not in (8, 32):
+            raise ValueError(f"state_bits must be 32 or 8, got {state_bits}")
+        self.state_bits = state_bits
         self.max_norm = max_norm
         self.master_weights = master_weights
         self.stochastic_rounding = stochastic_rounding
@@ -74,7 +86,7 @@ class _Fused(torch.optim.Adam):
         for group, prepared, grads in calls:
             beta1, beta2 = group["betas"]
             prepared.step(
-                grads, lr=float(group["lr"]), betas=(float(beta1), float(beta2)), eps=group["eps"],
+                grads, lr=group["lr"], betas=(float(beta1), float(beta2)), eps=group["eps"],
                 weight_decay=group["weight_decay"], decoupled=group["decoupled_weight_decay"],
                 maximize=group["maximize"], grad_scale=scale, found_inf=found_inf,
             )  # fmt: skip
@@ -91,7 +103,8 @@ class _Fused(torch.optim.Adam):
                     continue
                 if grad.layout is not torch.strided:
                     raise RuntimeError("Adam does not support sparse gradients, please consider SparseAdam instead")
-                params, grads = kinds.setdefault((param.dtype, param.device), ([], []))
+                kind = (param.dtype, param.device, self._quantized(param, group))
+                params, grads = kinds.setdefault(kind, ([], []))
                 params.append(param)
                 grads.append(grad)
             for kind, (params, grads) in kinds.items():
@@ -112,45 +125,87 @@ class _Fused(torch.optim.Adam):
             ids.extend(map(id, state[param].values()))
         return ids
 
-    def _prepare(self, params: list[Tensor], group: dict[str, Any]) -> Prepared:
-        amsgrad, low = group["amsgrad"], params[0].dtype in LOW
-        master, stochastic = self.master_weights and low, self.stochastic_rounding and low
-        for param in params:
-            self._complete(param, group, amsgrad, master, stochastic)
-        states = [self.state[p] for p in params]
-        return Prepared(
-            params,
-            [s["exp_avg"] for s in states],
-            [s["exp_avg_sq"] for s in states],
-            [s["step"] for s in states],
-            max_exp_avg_sqs=[s["max_exp_avg_sq"] for s in states] if amsgrad else None,
-            master_params=[s["master_param"] for s in states] if master else None,
-            rounding_seeds=[int(s["rounding_seed"]) for s in states] if stochastic else None,
-        )
+    def _quantized(self, param: Tensor, group: dict[str, Any]) -> bool:
+        """Whether the moments of the parameter are kept in 8 bits."""
+        if self.state_bits == 32 or param.numel() < SMALL or param.dtype not in (torch.float32, *LOW):
+            return False
+        if group["amsgrad"]:
+            raise ValueError("state_bits=8 and amsgrad exclude each other, got both")
+        return True
 
-    def _complete(self, param: Tensor, group: dict[str, Any], amsgrad: bool, master: bool, stochastic: bool) -> None:
-        """Makes what the state of a parameter lacks: at its first step, or when torch's state was loaded."""
-        if not param.is_floating_point():
+    def _prepare(self, params: list[Tensor], group: dict[str, Any]) -> Prepared:
+        if not params[0].is_floating_point():
             raise UnsupportedError(
-                f"fastlm.optim.{type(self).__name__} takes real floating point parameters, got {param.dtype}; "
+                f"fastlm.optim.{type(self).__name__} takes real floating point parameters, got {params[0].dtype}; "
                 f"torch.optim.{type(self).__name__} takes complex ones"
             )
+        amsgrad, low = group["amsgrad"], params[0].dtype in LOW
+        master, stochastic = self.master_weights and low, self.stochastic_rounding and low
+        quantized = self._quantized(params[0], group)
+        backend = OP.select(params[0], features=frozenset({"state_bits"}) if quantized else frozenset())
+        for param in params:
+            self._complete(param, group, backend, amsgrad, master, stochastic)
+        states = [self.state[p] for p in params]
+
+        def every(key: str) -> list[Tensor]:
+            return [s[key] for s in states]
+
+        return Prepared(
+            params,
+            every("exp_avg_codes" if quantized else "exp_avg"),
+            every("exp_avg_sq_codes" if quantized else "exp_avg_sq"),
+            every("step"),
+            max_exp_avg_sqs=every("max_exp_avg_sq") if amsgrad else None,
+            master_params=every("master_param") if master else None,
+            rounding_seeds=[int(s["rounding_seed"]) for s in states] if stochastic else None,
+            exp_avg_absmaxes=every("exp_avg_absmax") if quantized else None,
+            exp_avg_sq_absmaxes=every("exp_avg_sq_absmax") if quantized else None,
+            backend=backend,
+        )
+
+    def _complete(
+        self, param: Tensor, group: dict[str, Any], backend: str, amsgrad: bool, master: bool, stochastic: bool
+    ) -> None:
+        """Makes what the state of a parameter lacks: at its first step, or when state of another kind was loaded."""
         state, dtype = self.state[param], state_dtype(param)
-        if "step" not in state:
-            device = param.device if group["capturable"] or group["fused"] else "cpu"
+        there = group["capturable"] or group["fused"] or backend == "triton"
+        step = state.get("step")
+        if step is None:
+            device = param.device if there else "cpu"
             state["step"] = torch.zeros((), dtype=torch.float32, device=device)
-        elif state["step"].dtype is not torch.float32:
-            state["step"] = state["step"].to(torch.float32)
-        for key in EXACT[: 3 if amsgrad else 2]:
-            if key not in state:
+        elif step.dtype is not torch.float32 or (step.device != param.device and (there or not step.is_cpu)):
+            state["step"] = step.to(param.device, torch.float32)
+        for key, signed in MOMENTS.items():
+            if self._quantized(param, group):
+                self._quantize(param, state, key, signed)
+            elif f"{key}_codes" in state:
+                state[key] = dequantize(state.pop(f"{key}_codes"), state.pop(f"{key}_absmax"), signed=signed)
+            elif key not in state:
                 state[key] = torch.zeros_like(param, dtype=dtype, memory_format=torch.preserve_format)
+        if amsgrad and "max_exp_avg_sq" not in state:
+            state["max_exp_avg_sq"] = torch.zeros_like(param, dtype=dtype, memory_format=torch.preserve_format)
         if master and "master_param" not in state:
             state["master_param"] = param.detach().to(dtype)
         if stochastic and "rounding_seed" not in state:
-            state["rounding_seed"] = torch.randint(2**63 - 1, (), dtype=torch.int64)
+            state["rounding_seed"] = torch.randint(2**63 - 1, (), dtype=torch.int64, device="cpu")
         for key in EXACT:
             if key in state and state[key].dtype is not dtype:
                 state[key] = state[key].to(dtype)
+
+    @staticmethod
+    def _quantize(param: Tensor, state: dict[str, Any], key: str, signed: bool) -> None:
+        """The moment as codes in the order the parameter lies in now."""
+        codes, order = state.get(f"{key}_codes"), memory_order(param)
+        if codes is not None and codes.stride() == order:
+            return
+        wide = torch.empty_strided(param.shape, order, dtype=torch.float32, device=param.device)
+        if codes is not None:
+            wide.copy_(dequantize(codes, state[f"{key}_absmax"], signed=signed))
+        elif key in state:
+            wide.copy_(state.pop(key))
+        else:
+            wide.zero_()
+        state[f"{key}_codes"], state[f"{key}_absmax"] = quantize(wide, signed=signed)
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Loads what state_dict() of this class or of torch's gave.
@@ -171,6 +226,9 @@ class _Fused(torch.optim.Adam):
                 for key in EXACT:
                     if key in saved and param.is_floating_point():
                         self.state[param][key] = saved[key].to(device=param.device, dtype=state_dtype(param))
+                for key in (f"{moment}_{part}" for moment in MOMENTS for part in ("codes", "absmax")):
+                    if key in saved:
+                        self.state[param][key] = saved[key].to(param.device)
                 if "rounding_seed" in saved:
                     self.state[param]["rounding_seed"] = saved["rounding_seed"].to("cpu", torch.int64)
 
@@ -185,7 +243,7 @@ class _Fused(torch.optim.Adam):
                 hook.remove()
 
     def __getstate__(self) -> dict[str, Any]:
-        own = ("max_norm", "master_weights", "stochastic_rounding", "grad_norm")
+        own = ("max_norm", "master_weights", "stochastic_rounding", "state_bits", "grad_norm")
         return {**super().__getstate__(), **{name: getattr(self, name) for name in own}}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -204,11 +262,18 @@ _OWN_ARGUMENTS = """
         stochastic_rounding: bfloat16 and float16 parameters are rounded up or down with probability by nearness: the
             mean moves right without copies. Reproducible: the bits depend on the seed in the state ("rounding_seed",
             drawn from torch's generator at the first step), the step and the element.
+        state_bits: 32, or 8 for moments of 8 bits in blocks of 256 elements with a float32 scale each (Dettmers et al.
+            2021, arXiv:2110.02861): 2.03 bytes a parameter in place of 8. In the state they are "exp_avg_codes" and
+            "exp_avg_absmax", and so for "exp_avg_sq". Parameters of fewer than 4096 elements and float64 ones keep
+            wide moments. States of either kind load into an optimizer of the other, which converts them at its next
+            step; torch.optim's cannot read 8-bit ones. Not with amsgrad.
 
     Differences: moments of bfloat16 and float16 parameters are float32 (torch keeps them in the parameter's dtype);
     state dicts load both ways all the same. `grad_scale` and `found_inf`, set by torch.amp.GradScaler, are honoured;
-    p.grad is left as it came, neither unscaled nor clipped. foreach, fused and capturable are accepted and choose
-    nothing here.
+    p.grad is left as it came, neither unscaled nor clipped. foreach is accepted and chooses nothing here; fused and
+    capturable say that "step" lies on the parameter's device, where the Triton backend always keeps it. That backend
+    never waits for the GPU: lr may be a tensor there, grad_scale and found_inf are read there, and after one step
+    outside, step() can be captured in a CUDA graph (lr must then be a tensor if it shall change between replays).
 
     Raises:
         UnsupportedError: differentiable=True, or a complex parameter at its first step.
@@ -241,8 +306,9 @@ class Adam(_Fused):
         max_norm: float | None = None,
         master_weights: bool = False,
         stochastic_rounding: bool = False,
+        state_bits: int = 32,
     ) -> None:
-        self._configure(differentiable, max_norm, master_weights, stochastic_rounding)
+        self._configure(differentiable, max_norm, master_weights, stochastic_rounding, state_bits)
         super().__init__(
             params, lr, betas, eps, weight_decay, amsgrad, foreach=foreach, maximize=maximize, capturable=capturable,
             fused=fused, decoupled_weight_decay=decoupled_weight_decay,
@@ -274,8 +340,9 @@ class AdamW(_Fused, torch.optim.AdamW):
         max_norm: float | None = None,
         master_weights: bool = False,
         stochastic_rounding: bool = False,
+        state_bits: int = 32,
     ) -> None:
-        self._configure(differentiable, max_norm, master_weights, stochastic_rounding)
+        self._configure(differentiable, max_norm, master_weights, stochastic_rounding, state_bits)
         super().__init__(
             params, lr, betas, eps, weight_decay, amsgrad, maximize=maximize, foreach=foreach, capturable=capturable,
             fused=fused,

@@ -15,17 +15,23 @@ from torch import Tensor, nn
 
 import fastlm
 from fastlm import optim
-from tests.ops.harness import assert_same_bits, each_backend, each_dtype, on
+from fastlm.ops.adam import OP, dequantize
+from tests.ops.harness import assert_same_bits, each_backend, each_dtype, on, refuses, sizes
 
 PAIRS = [(optim.Adam, torch.optim.Adam), (optim.AdamW, torch.optim.AdamW)]
 each_pair = pytest.mark.parametrize(("ours", "theirs"), PAIRS, ids=["Adam", "AdamW"])
-OWN = {"max_norm", "master_weights", "stochastic_rounding"}
+OWN = {"max_norm", "master_weights", "stochastic_rounding", "state_bits"}
 SHAPES = [(3, 5), (), (0,), (70, 130), (9,)]
 
 
 def parameters(dtype: torch.dtype = torch.float32, seed: int = 0) -> list[nn.Parameter]:
     generator = torch.Generator().manual_seed(seed)
-    return [nn.Parameter(torch.randn(shape, generator=generator).to(dtype)) for shape in SHAPES]
+    return [nn.Parameter(random(shape, generator).to(dtype)) for shape in SHAPES]
+
+
+def random(shape: torch.Size | tuple[int, ...], generator: torch.Generator) -> Tensor:
+    """The same numbers on every device."""
+    return torch.randn(shape, generator=generator, device="cpu").to(torch.get_default_device())
 
 
 def give_gradients(*lists: list[nn.Parameter], seed: int, scale: float = 1.0) -> None:
@@ -33,7 +39,7 @@ def give_gradients(*lists: list[nn.Parameter], seed: int, scale: float = 1.0) ->
     for params in lists:
         generator = torch.Generator().manual_seed(seed)
         for p in params:
-            p.grad = (torch.randn(p.shape, generator=generator) * scale).to(p.dtype)
+            p.grad = (random(p.shape, generator) * scale).to(p.dtype)
 
 
 def moments(optimizer: torch.optim.Optimizer) -> list[Tensor]:
@@ -74,7 +80,7 @@ def test_steps_like_torch(backend: str, ours: Any, theirs: Any, options: dict[st
     torch.testing.assert_close(values(mine), values(other), rtol=3e-6, atol=3e-7)
     for p, q in zip(mine, other, strict=True):
         assert a.state[p].keys() == b.state[q].keys()
-        torch.testing.assert_close(dict(a.state[p]), dict(b.state[q]), rtol=3e-6, atol=3e-7)
+        torch.testing.assert_close(dict(a.state[p]), dict(b.state[q]), rtol=3e-6, atol=3e-7, check_device=False)
 
 
 @each_pair
@@ -287,6 +293,125 @@ def test_tensor_lr_and_betas_schedulers_and_closures() -> None:
     assert all(p.grad is None for p in mine)
 
 
+@each_backend
+@each_pair
+def test_tensor_lr_scheduled_and_scaled(backend: str, ours: Any, theirs: Any) -> None:
+    """lr, grad_scale and found_inf as tensors, as a CUDA graph wants them."""
+    mine, other = parameters(), parameters()
+    lr, scale, found = torch.tensor(1e-2), torch.tensor(8.0), torch.tensor(0.0)
+    a = ours(mine, lr, capturable=True, max_norm=1e6)
+    b = theirs(other, 1e-2)
+    with on(backend):
+        for step in range(5):
+            give_gradients(mine, seed=step, scale=8.0)
+            give_gradients(other, seed=step)
+            b.param_groups[0]["lr"] = 1e-2 / (step + 1)
+            lr.fill_(1e-2 / (step + 1))
+            a.grad_scale, a.found_inf = scale, found.fill_(float(step == 3))
+            a.step()
+            if step != 3:
+                b.step()
+    torch.testing.assert_close(values(mine), values(other), rtol=1e-5, atol=1e-6)
+    assert all(a.state[p]["step"] == 4 for p in mine)
+
+
+def eight_bits(params: list[nn.Parameter], **options: Any) -> optim.AdamW:
+    return optim.AdamW(params, 1e-2, state_bits=8, **options)
+
+
+def can(backend: str) -> bool:
+    """Whether the backend has 8-bit states; else the optimizer must say so."""
+    if not refuses(OP, backend, torch.empty(0), {"state_bits"}):
+        return True
+    params = parameters()
+    give_gradients(params, seed=0)
+    with on(backend), pytest.raises(fastlm.UnsupportedError, match="no state_bits"):
+        eight_bits(params).step()
+    return False
+
+
+@each_backend
+def test_8_bit_states_learn_as_32_bit_ones(backend: str) -> None:
+    """A small network comes as far, with a quarter of the state."""
+    if not can(backend):
+        return
+    (steps, lr), width = sizes((40, 2e-3), (10, 8e-3)), 64
+    generator = torch.Generator().manual_seed(0)
+    x, teacher = random((256, width), generator), random((width, 16), generator) / width**0.5
+    y = torch.tanh(x @ teacher) + 0.05 * random((256, 16), generator)
+    start = [random((width, 128), generator) / width**0.5, random((128, 16), generator) / 128**0.5]
+    losses = []
+    for bits in (32, 8):
+        params = [nn.Parameter(t.clone()) for t in start]
+        optimizer = optim.AdamW(params, lr, state_bits=bits)
+        for _ in range(steps):
+            loss = (torch.relu(x @ params[0]) @ params[1] - y).square().mean()
+            optimizer.zero_grad()
+            loss.backward()
+            with on(backend):
+                optimizer.step()
+        losses.append(loss.item())
+        large, small = optimizer.state[params[0]], optimizer.state[params[1]]
+        assert (small["exp_avg"].dtype, small["exp_avg"].shape) == (torch.float32, (128, 16))
+        held = sum(t.nbytes for t in large.values())
+        assert held == (4 + 8192 * 8 if bits == 32 else 4 + 8192 * 2 + 32 * 8)
+    assert losses[0] < 0.6 * (y - y.mean()).square().mean()
+    assert abs(losses[1] / losses[0] - 1) < 0.03, losses
+
+
+@each_backend
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
+def test_8_bit_states_saved_and_changed_to_32_bits_and_back(backend: str, dtype: torch.dtype) -> None:
+    if not can(backend):
+        return
+
+    def reload(source: torch.optim.Optimizer, made: optim.AdamW) -> optim.AdamW:
+        buffer = io.BytesIO()
+        torch.save(source.state_dict(), buffer)
+        buffer.seek(0)
+        made.load_state_dict(torch.load(buffer, weights_only=True))
+        return made
+
+    params = parameters(dtype)
+    params[3].data = params[3].data.t().contiguous().t()
+    with on(backend):
+        a = eight_bits(params)
+        for step in range(2):
+            give_gradients(params, seed=step)
+            a.step()
+        same, wide, back = (copy.deepcopy(params) for _ in range(3))
+        b = reload(a, eight_bits(same))
+        assert_same_bits(moments(b), moments(a))
+        assert b.state[same[3]]["exp_avg_codes"].dtype is torch.uint8
+        c = reload(a, optim.AdamW(wide, 1e-2))
+        d = reload(c, eight_bits(back))
+        for optimizer in (a, b, c, d):
+            own = optimizer.param_groups[0]["params"]
+            give_gradients(own, seed=2)
+            optimizer.step()
+    assert_same_bits(values(same), values(params))
+    assert_same_bits(moments(b), moments(a))
+    assert c.state[wide[3]].keys() == {"step", "exp_avg", "exp_avg_sq"}
+    assert d.state[back[3]].keys() == a.state[params[3]].keys()
+    torch.testing.assert_close(values(wide), values(params), rtol=2 * torch.finfo(dtype).eps, atol=1e-6)
+    torch.testing.assert_close(values(back), values(params), rtol=2 * torch.finfo(dtype).eps, atol=1e-6)
+    params[3].data = params[3].data.contiguous()  # the codes follow the parameter's layout
+    state = a.state[params[3]]
+    before = dequantize(state["exp_avg_codes"], state["exp_avg_absmax"], signed=True)
+    for group in a.param_groups:
+        group["lr"] = 0.0
+    kept = values(params)
+    for p in params:
+        p.grad = None
+    params[3].grad = torch.zeros_like(params[3])
+    with on(backend):
+        a.step()
+    after = dequantize(state["exp_avg_codes"], state["exp_avg_absmax"], signed=True)
+    assert after.is_contiguous() == (backend != "reference")  # which reads any order
+    torch.testing.assert_close(after, 0.9 * before, rtol=0, atol=0.015 * before.abs().max().item())
+    assert_same_bits(values(params), kept)
+
+
 def test_parameters_that_move_and_state_that_is_replaced() -> None:
     mine, other = parameters(), parameters()
     a, b = optim.AdamW(mine, 1e-2), torch.optim.AdamW(other, 1e-2)
@@ -354,6 +479,7 @@ def test_what_raises_changes_nothing() -> None:
         ({"max_norm": 0.0}, "max_norm must be above 0"),
         ({"max_norm": float("nan")}, "max_norm must be above 0"),
         ({"master_weights": True, "stochastic_rounding": True}, "exclude each other"),
+        ({"state_bits": 4}, "state_bits must be 32 or 8"),
         ({"lr": -1.0}, "learning rate"),
         ({"betas": (1.0, 0.9)}, "beta"),
     ):
@@ -367,6 +493,10 @@ def test_what_raises_changes_nothing() -> None:
     with pytest.raises(RuntimeError, match="sparse"):
         a.step()
     assert_same_bits(values(params), before)
+    with pytest.raises(ValueError, match="state_bits=8 and amsgrad"):
+        params = parameters()
+        give_gradients(params, seed=0)
+        eight_bits(params, amsgrad=True).step()
     z = nn.Parameter(torch.ones(3, dtype=torch.complex64))
     z.grad = torch.ones_like(z)
     with pytest.raises(fastlm.UnsupportedError, match="complex"):
