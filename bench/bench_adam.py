@@ -20,11 +20,11 @@ SHAPES = {"small GPT": GPT, "47M in 100": [(470_000,)] * 100, "124M in 100": [(1
 
 
 def fastlm_step(params: list[nn.Parameter], clip: bool) -> Run:
-    return optim.AdamW(params, 1e-4, max_norm=1.0 if clip else None).step
+    return optim.AdamW(params, 1e-4, max_norm=1.0 if clip else None, capturable=params[0].is_cuda).step
 
 
 def torch_step(params: list[nn.Parameter], clip: bool, *, fused: bool | None = None) -> Run:
-    optimizer = torch.optim.AdamW(params, 1e-4, fused=fused)
+    optimizer = torch.optim.AdamW(params, 1e-4, fused=fused, capturable=params[0].is_cuda)
 
     def step() -> None:
         if clip:

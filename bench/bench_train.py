@@ -19,32 +19,56 @@ import statistics
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from contextlib import nullcontext
 from pathlib import Path
+from typing import Any
 
 import torch
+from torch import Tensor, nn
 
 ROOT = Path(__file__).resolve().parent.parent
 CONTENDERS = ("fastlm", "plain", "plain tuned")
 
 
-def build(options: argparse.Namespace):
-    """The model and its config, the same weights for every contender."""
+def contender(name: str, model: dict[str, Any], precision: str) -> Callable[[Tensor], Tensor]:
+    """One training step as a function of tokens (batch, context + 1), which gives the loss; on the default device.
+
+    Every contender has the same weights. "plain compiled" is PlainGPT under torch.compile. On a GPU torch's optimizer
+    is its fused one.
+    """
     from bench.plain_gpt import PlainGPT
     from fastlm.models import CausalLM, CausalLMConfig
 
-    make = getattr(CausalLMConfig, options.style)
-    config = make(
-        vocab_size=options.vocab, context=options.context, layers=options.layers, heads=options.heads,
-        width=options.width, dropout=options.dropout,
-    )  # fmt: skip
+    fields = {("vocab_size" if key == "vocab" else key): value for key, value in model.items() if key != "style"}
+    config = getattr(CausalLMConfig, model["style"])(**fields)
     torch.manual_seed(0)
-    model = CausalLM(config)
-    if options.worker == "fastlm":
-        return model
-    plain = PlainGPT(config)
-    plain.load_state_dict(model.state_dict())
-    return plain
+    module: nn.Module = CausalLM(config)
+    settings: dict[str, Any] = {"lr": 3e-4, "betas": (0.9, 0.95), "weight_decay": 0.1}
+    device = torch.get_default_device().type
+    if name == "fastlm":
+        from fastlm.optim import AdamW
+
+        optimizer: torch.optim.Optimizer = AdamW(module.parameters(), **settings, max_norm=1.0)
+    else:
+        plain = PlainGPT(config)
+        plain.load_state_dict(module.state_dict())
+        module = torch.compile(plain) if name == "plain compiled" else plain  # type: ignore[assignment]
+        optimizer = torch.optim.AdamW(module.parameters(), **settings, fused=True if device == "cuda" else None)
+
+    def step(tokens: Tensor) -> Tensor:
+        with torch.autocast(device, torch.bfloat16) if precision == "bf16" else nullcontext():
+            result = module(tokens[:, :-1], tokens[:, 1:])
+            loss = result.loss if name == "fastlm" else result
+        loss.backward()
+        if name != "fastlm":
+            nn.utils.clip_grad_norm_(module.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+        return loss.detach()
+
+    step.parameters = sum(p.numel() for p in module.parameters())  # type: ignore[attr-defined]
+    return step
 
 
 def worker(options: argparse.Namespace) -> None:
@@ -55,27 +79,14 @@ def worker(options: argparse.Namespace) -> None:
         fastlm.tune_malloc()
     if options.threads:
         torch.set_num_threads(options.threads)
-    model = build(options)
-    settings = {"lr": 3e-4, "betas": (0.9, 0.95), "weight_decay": 0.1}
-    if options.worker == "fastlm":
-        from fastlm.optim import AdamW
-
-        optimizer: torch.optim.Optimizer = AdamW(model.parameters(), **settings, max_norm=1.0)
-    else:
-        optimizer = torch.optim.AdamW(model.parameters(), **settings)
+    names = ("style", "vocab", "context", "layers", "heads", "width", "dropout")
+    step = contender(options.worker, {name: getattr(options, name) for name in names}, options.precision)
     generator = torch.Generator().manual_seed(1)
-    print(json.dumps({"parameters": sum(p.numel() for p in model.parameters())}), flush=True)
+    print(json.dumps({"parameters": step.parameters}), flush=True)  # type: ignore[attr-defined]
     for _ in sys.stdin:
         tokens = torch.randint(options.vocab, (options.batch, options.context + 1), generator=generator)
         start, cpu = time.perf_counter(), time.process_time()
-        with torch.autocast("cpu", torch.bfloat16) if options.precision == "bf16" else nullcontext():
-            result = model(tokens[:, :-1], tokens[:, 1:])
-            loss = result.loss if options.worker == "fastlm" else result
-        loss.backward()
-        if options.worker != "fastlm":
-            torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        optimizer.zero_grad()
+        loss = step(tokens)
         taken = {"wall": time.perf_counter() - start, "cpu": time.process_time() - cpu}
         print(json.dumps({**taken, "loss": loss.item()}), flush=True)
 

@@ -20,6 +20,7 @@ if _platform.INTERPRETED:
 
 from triton import knobs  # noqa: E402
 
+from bench.ahead_of_time import _gate  # noqa: E402
 from bench.launch import Machine  # noqa: E402
 from fastlm.kernels import _launch  # noqa: E402
 from fastlm.kernels._launch import launch  # noqa: E402
@@ -181,3 +182,4 @@ def test_records_what_triton_would_specialise(machine: Machine) -> None:
         assert {at[n]: v for n, v in found.constants.items()} == source.constants, name
         divisible = {path for path, attributes in source.attrs.items() if ["tt.divisibility", 16] in attributes}
         assert {(position,) for position in found.divisible} == divisible, name
+        assert _gate.source(found).hash() == source.hash(), name

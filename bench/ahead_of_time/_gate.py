@@ -107,8 +107,11 @@ def digest(launch: Launch, chip: str) -> str:
 # --- compiling -------------------------------------------------------------------------------------------------------
 
 
-def compile_all(rows: list[Row], processes: int = 2) -> list[Figures]:
-    """Figures of every row; those of a failed compilation hold its error instead."""
+def compile_all(rows: list[Row], processes: int = 2, warm: bool = False) -> list[Figures]:
+    """Figures of every row; those of a failed compilation hold its error instead.
+
+    warm: leave the binaries in Triton's own cache, where a launch on this machine finds them.
+    """
     CACHE.mkdir(parents=True, exist_ok=True)
     keys = [digest(row.launch, row.chip) for row in rows]
     waiting = {key: row for key, row in zip(keys, rows, strict=True) if not (CACHE / key).exists()}
@@ -119,7 +122,7 @@ def compile_all(rows: list[Row], processes: int = 2) -> list[Figures]:
     while queue or running:
         while queue and len(running) < processes:
             key, row = queue.pop(0)
-            running[_fork(row, CACHE / key)] = key, row
+            running[_fork(row, CACHE / key, warm)] = key, row
         pid, status = os.wait()
         key, row = running.pop(pid)
         done += 1
@@ -135,7 +138,7 @@ def compile_all(rows: list[Row], processes: int = 2) -> list[Figures]:
     return [failures.get(key) or json.loads((CACHE / key).read_text()) for key in keys]
 
 
-def _fork(row: Row, path: Path) -> int:
+def _fork(row: Row, path: Path, warm: bool) -> int:
     sys.stdout.flush()
     sys.stderr.flush()
     with warnings.catch_warnings():
@@ -146,7 +149,8 @@ def _fork(row: Row, path: Path) -> int:
         return pid
     try:
         with tempfile.TemporaryDirectory() as folder:
-            triton.knobs.cache.dir = folder
+            if not warm:
+                triton.knobs.cache.dir = folder
             try:
                 text = json.dumps(compile_one(row.launch, row.chip, Path(folder)))
             except Exception as error:  # a kernel that does not compile is a result like any other, but never kept
@@ -160,15 +164,28 @@ def _fork(row: Row, path: Path) -> int:
         os._exit(0)
 
 
+def source(launch: Launch) -> ASTSource:
+    """What Triton itself would compile at the launch, to the hash, so that a warmed cache serves it.
+
+    Triton lists what it knows of each argument but floats, also where that is nothing; 3.6 leaves constants out.
+    """
+    without = ("fp", "constexpr") if triton.__version__.startswith("3.6.") else ("fp",)
+    attributes: dict[tuple[int, ...], list[list[Any]]] = {}
+    for position, kind in enumerate(launch.signature.values()):
+        if position in launch.divisible:
+            attributes[(position,)] = [["tt.divisibility", 16]]
+        elif not kind.startswith(without):
+            attributes[(position,)] = []
+    constants = {(launch.kernel.arg_names.index(name),): value for name, value in launch.constants.items()}
+    return ASTSource(launch.kernel, launch.signature, constants, attributes)
+
+
 def compile_one(launch: Launch, chip: str, folder: Path) -> Figures:
     target = CHIPS[chip]
     start = time.perf_counter()
     gpu = GPUTarget("hip", chip, 64) if target.backend == "hip" else GPUTarget("cuda", target.arch, 32)
-    source = ASTSource(
-        launch.kernel, launch.signature, launch.constants, {(i,): [["tt.divisibility", 16]] for i in launch.divisible}
-    )
     options = {"num_warps": launch.num_warps, "num_stages": launch.num_stages, **OPTIONS}
-    compiled = triton.compile(source, target=gpu, options=options)
+    compiled = triton.compile(source(launch), target=gpu, options=options)
     figures = {"threads": compiled.metadata.num_warps * gpu.warp_size}
     if target.backend == "hip":
         figures |= read_amdgcn(compiled.asm["amdgcn"])

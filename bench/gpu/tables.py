@@ -1,0 +1,135 @@
+"""What was measured, as text and as plots."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+
+def rate(row: dict[str, Any], seconds: float) -> str:
+    """TFLOP/s where products are the work, else GB/s."""
+    if row["flops"]:
+        return f"{row['flops'] / seconds / 1e12:.0f} TFLOP/s"
+    return f"{row['bytes'] / seconds / 1e9:.0f} GB/s"
+
+
+def cells(row: dict[str, Any]) -> list[str]:
+    """ms, rate, share of the measured ceiling, ratio to the best peer and its name, host microseconds."""
+    mine = row["seconds"].get("fastlm")
+    if not mine:
+        return ["failed", "", "", "", "", ""]
+    share, host = row.get("share"), row["host"].get("fastlm")
+    return [
+        f"{1e3 * mine:.3f}",
+        rate(row, mine),
+        "" if share is None else f"{share:.0%}",
+        "" if row["ratio"] is None else f"{row['ratio']:.2f}x",
+        row["best_peer"],
+        "" if host is None else f"{1e6 * host:.0f}",
+    ]
+
+
+HEADS = ["ms", "rate", "of ceiling", "ratio", "best peer", "host us"]
+
+
+def summary(data: dict[str, Any]) -> Iterator[str]:
+    """The lines printed last."""
+    about = data["about"]
+    yield ""
+    yield ", ".join(f"{name} {about.get(name)}" for name in ("device", "torch", "triton", "commit"))
+    if data["ceilings"]:
+        products = ", ".join(f"{d} {r / 1e12:.3g}" for d, r in data["ceilings"]["product"].items())
+        yield f"ceilings: copy {data['ceilings']['copy'] / 1e9:.0f} GB/s; products in TFLOP/s: {products}"
+    if "tests" in data:
+        tests = data["tests"]
+        yield f"tests: {tests['outcomes']}{'' if tests['complete'] else ', incomplete'}"
+        yield from (f"  FAILED {failure['test']}" for failure in tests["failures"][:20])
+    if "sanitize" in data:
+        found = data["sanitize"]
+        yield "sanitize: " + (found.get("missing") or ", ".join(f"{k}: {v['errors']} errors" for k, v in found.items()))
+    if data["rows"]:
+        yield f"{'':44} {'ms':>9} {'rate':>13} {'of ceiling':>10} {'ratio':>7} {'best peer':>14} {'host us':>8}"
+    for row in data["rows"]:
+        ms, speed, share, ratio, peer, host = cells(row)
+        ungraphed = "" if all(row["graph"].values()) else "  no graph: " + ", ".join(
+            name for name, captured in row["graph"].items() if not captured
+        )  # fmt: skip
+        yield f"{row['name'][:44]:44} {ms:>9} {speed:>13} {share:>10} {ratio:>7} {peer:>14} {host:>8}{ungraphed}"
+    for best in data.get("tune", []):
+        yield f"tune: {best['name']}: {best['best']} {best['gain']:.2f}x the default's speed"
+    for note in data["failed"]:
+        yield f"FAILED {note['stage']}: {note['name']}: {note['why'].splitlines()[0][:160]}"
+    names: dict[str, list[str]] = {}
+    for note in data["dropped"]:
+        names.setdefault(f"{note['stage']}, {note['why']}", []).append(note["name"])
+    for why, dropped in names.items():
+        yield f"dropped ({why}): {'; '.join(dropped)}"
+
+
+def markdown(data: dict[str, Any]) -> Iterator[str]:
+    """README's section for one device."""
+    about, ceilings = data["about"], data["ceilings"]
+    products = ", ".join(f"{r / 1e12:.0f} TFLOP/s {d}" for d, r in ceilings["product"].items() if d != "float16")
+    yield (
+        f"{about['device']}; torch {about['torch']}, Triton {about['triton']}; commit {about['commit']}. Ceilings: "
+        f"copy {ceilings['copy'] / 1e9:.0f} GB/s, matrix product {products}. Times of CUDA graphs where they can be "
+        f"captured."
+    )
+    yield ""
+    yield "| op | shape | dtype | ms | rate | of ceiling | × best peer | peer |"
+    yield "|---|---|---|--:|--:|--:|--:|---|"
+    for row in data["rows"]:
+        ms, speed, share, ratio, peer, _ = cells(row)
+        ratio = ratio.replace("x", "×")
+        yield f"| {row['op']} | {row['shape']} | {row['dtype']} | {ms} | {speed} | {share} | {ratio} | {peer} |"
+
+
+def plot(data: dict[str, Any], folder: Path) -> list[Path]:
+    """ops.png and attention.png; nothing without matplotlib or without rows."""
+    try:
+        import matplotlib
+    except ImportError:
+        return []
+    matplotlib.use("agg")
+    from matplotlib import pyplot
+
+    written = []
+    rows = [r for r in data["rows"] if r["stage"] == "ops" and r["seconds"].get("fastlm")]
+    if rows:
+        figure, axes = pyplot.subplots(1, 2, figsize=(11, 1 + 0.22 * len(rows)), sharey=True)
+        names = [r["name"] for r in rows]
+        axes[0].barh(names, [100 * r.get("share", 0) for r in rows])
+        axes[0].set_xlabel("% of the measured ceiling")
+        axes[1].barh(names, [r["ratio"] or 0 for r in rows])
+        axes[1].axvline(1, color="black", linewidth=0.8)
+        axes[1].set_xlabel("speed over the best peer")
+        axes[0].invert_yaxis()
+        written.append(_save(figure, folder / "ops.png"))
+    rows = [r for r in data["rows"] if r["stage"] == "attention" and r["seconds"].get("fastlm")]
+    groups: dict[str, list[dict[str, Any]]] = {}
+    for r in rows:
+        groups.setdefault(f"{r['op']} {r['shape'].split()[-1]}", []).append(r)
+    if groups:
+        figure, grid = pyplot.subplots(-(-len(groups) // 2), 2, figsize=(11, 3 * -(-len(groups) // 2)), squeeze=False)
+        for axis, (name, members) in zip(grid.flat, sorted(groups.items()), strict=False):
+            for provider in sorted({p for r in members for p in r["seconds"]}):
+                points = sorted(
+                    (int(r["shape"].split()[2][1:]), r["flops"] / r["seconds"][provider] / 1e12)
+                    for r in members
+                    if provider in r["seconds"]
+                )
+                axis.plot(*zip(*points, strict=True), marker="o", label=provider)
+            axis.set(title=name, xlabel="sequence", ylabel="TFLOP/s", xscale="log")
+            axis.legend(fontsize=7)
+        written.append(_save(figure, folder / "attention.png"))
+    return written
+
+
+def _save(figure: Any, path: Path) -> Path:
+    from matplotlib import pyplot
+
+    figure.tight_layout()
+    figure.savefig(path, dpi=110)
+    pyplot.close(figure)
+    return path

@@ -1,0 +1,143 @@
+"""Sweeps attention's tiles: each direction by itself, the others as the table has them.
+
+Every candidate is compiled by processes side by side first, which also fills Triton's cache; what spills or does not
+fit the chip is left out. The rest is timed and the best printed beside the table's own choice. Nothing is changed by
+this: kernels/_attention_configuration.py is edited by hand, from the figures.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Iterator
+from itertools import product
+from typing import Any
+
+import torch
+
+from bench.gpu.items import attention_case
+from bench.gpu.record import Record
+from bench.harness import Case, Clock, Run, backward_only, forward_backward, forward_only, take_turns
+from fastlm.kernels import _attention_configuration as table
+
+TILES = (32, 64, 128, 256)
+WARPS = (4, 8)
+STAGES = (1, 2, 3, 4)
+SHAPES = [(128, 8192), (64, 8192), (128, 2048), (64, 2048)]
+"""D and S, 16 Ki tokens of 2048 channels."""
+Config = table.Config
+
+
+def candidates(small: bool) -> list[Config]:
+    tiles, warps, stages = ((32, 64), (4,), (2,)) if small else (TILES, WARPS, STAGES)
+    # A tile of more than 128 x 128 leaves no registers for anything else.
+    return [Config(*c) for c in product(tiles, tiles, warps, stages) if c[0] * c[1] <= 128 * 128]
+
+
+class override:
+    """Within the block a direction has this configuration."""
+
+    def __init__(self, direction: str, config: Config) -> None:
+        self.change = {direction: config}
+
+    def __enter__(self) -> None:
+        table.OVERRIDES.update(self.change)
+
+    def __exit__(self, *_: Any) -> None:
+        for direction in self.change:
+            del table.OVERRIDES[direction]
+
+
+def sift(run: Run, direction: str, configs: list[Config], device: str) -> list[Config]:
+    """Those whose kernels compile for this chip, fit it and do not spill; all that compile where none is left."""
+    if device != "cuda":
+        return configs
+    from bench.ahead_of_time import Case as Demand
+    from bench.ahead_of_time import _gate
+    from fastlm.kernels import _launch
+
+    target = _launch.target(torch.empty(0, device=device))
+    chip = f"sm_{target.arch}"
+    _gate.CHIPS[chip] = target
+    demand, rows, owners = Demand("tune", run, narrow=None), [], []
+    for config in configs:
+        with override(direction, config), _launch.recording(target) as launches:
+            run()
+        rows += [_gate.Row("attention", demand, launch.kernel.__name__, chip, launch) for launch in launches]
+        owners += [config] * len(launches)
+    figures = _gate.compile_all(rows, processes=os.cpu_count() or 1, warm=True)
+    broken, impossible = set(), set()
+    for config, row, f in zip(owners, rows, figures, strict=True):
+        said = _gate.complaints(row, f)
+        if said:
+            broken.add(config)
+        if any("spilling" not in text for text in said):
+            impossible.add(config)
+    return [c for c in configs if c not in broken] or [c for c in configs if c not in impossible]
+
+
+def work(small: bool) -> Iterator[tuple[Case, str]]:
+    shapes = [(64, 65)] if small else SHAPES
+    tokens, channels = (65, 64) if small else (16384, 2048)
+    for d, s in shapes:
+        for causal in (False, True):
+            for runner, directions in ((forward_only, ("forward",)), (backward_only, ("keys", "queries"))):
+                case = attention_case(tokens // s, channels // d, s, d, causal, runner, torch.bfloat16)
+                for direction in directions:
+                    yield case, direction
+
+
+def tune(record: Record, clock: Clock, until: float, small: bool) -> None:
+    for case, direction in work(small):
+        name = f"{case.name} {direction}"
+        if name in record.done("tune"):
+            continue
+        if time.time() > until - 8:
+            record.note("dropped", "tune", name, "out of time")
+            continue
+        record.start("tune", name)
+        found = sweep(case, direction, clock, until, small)
+        kept = [entry for entry in record.data.get("tune", []) if entry["name"] != name]
+        record.set("tune", [*kept, {"name": name, **found}])
+        record.finish()
+        print(f"tune: {name}: {found['best']}, {found['gain']:.2f}x; {found['timed']} of {found['tried']}", flush=True)
+
+
+def sweep(case: Case, direction: str, clock: Clock, until: float, small: bool) -> dict[str, Any]:
+    """Seconds by configuration. "table" is the choice without an override."""
+    with torch.device(clock.device):
+        inputs = case.inputs()
+    function = case.functions["fastlm"]
+    tried = candidates(small)
+    fit = sift(forward_backward(function, inputs), direction, tried, clock.device)
+    seconds = 0.01 if small else 0.1
+    times = time_one({"table": None}, direction, case, inputs, clock, seconds)
+    for config in fit:
+        if time.time() > until:
+            break
+        times |= time_one({str(tuple(config)): config}, direction, case, inputs, clock, seconds)
+    best = min(times, key=times.__getitem__)
+    return {
+        "best": best,
+        "gain": times["table"] / times[best],
+        "timed": len(times) - 1,
+        "tried": len(tried),
+        "seconds": dict(sorted(times.items(), key=lambda pair: pair[1])),
+    }
+
+
+def time_one(
+    named: dict[str, Config | None], direction: str, case: Case, inputs: Any, clock: Clock, seconds: float
+) -> dict[str, float]:
+    """One configuration; none where the chip refuses it."""
+    ((name, config),) = named.items()
+    run = case.runner(case.functions["fastlm"], inputs)
+    try:
+        if config is None:
+            return take_turns(clock, {name: clock.prepare(run)}, seconds=seconds, most=20)
+        with override(direction, config):
+            return take_turns(clock, {name: clock.prepare(run)}, seconds=seconds, most=20)
+    except Exception as error:
+        clock.settle()
+        print(f"  {name}: {type(error).__name__}: {str(error)[:120]}", flush=True)
+        return {}

@@ -1,0 +1,96 @@
+"""Fast packages that an op is timed against where they are installed; none is needed. Signatures as the op's suite has.
+
+Each provider is a function that imports its package when it is asked for, so that a broken one costs its own row only.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib.util
+from collections.abc import Callable
+from typing import Any
+
+import torch.nn.functional as F
+
+Function = Callable[..., Any]
+
+
+def peers(op: str) -> dict[str, Function]:
+    """By provider, what is installed for an op (its name in the suite's cases)."""
+    found = {}
+    for provider, package in (("liger", "liger_kernel"), ("quack", "quack"), ("flash_attn", "flash_attn")):
+        make = PROVIDERS.get((provider, op))
+        if make is not None and importlib.util.find_spec(package):
+            found[provider] = _at_first_call(make)
+    if op == "linear_cross_entropy" and hasattr(F, "linear_cross_entropy"):
+        found["torch fused"] = F.linear_cross_entropy
+    return found
+
+
+def _at_first_call(make: Callable[[], Function]) -> Function:
+    made = functools.cache(make)
+    return lambda *inputs: made()(*inputs)
+
+
+def _liger(name: str, *after: Any, **options: Any) -> Callable[[], Function]:
+    def make() -> Function:
+        from liger_kernel.transformers import functional
+
+        function = getattr(functional, name)
+        return lambda *inputs: function(*inputs, *after, **options)
+
+    return make
+
+
+def _liger_glu(name: str) -> Callable[[], Function]:
+    """Liger takes the halves apart, and copies what is not contiguous."""
+
+    def make() -> Function:
+        from liger_kernel.transformers import functional
+
+        function = getattr(functional, name)
+        return lambda x: function(*x.chunk(2, -1))
+
+    return make
+
+
+def _liger_rope() -> Function:
+    from liger_kernel.transformers import functional
+
+    return lambda q, k, _cos, _sin, cos, sin: functional.liger_rope(q, k, cos[None], sin[None])
+
+
+def _quack(name: str) -> Callable[[], Function]:
+    def make() -> Function:
+        import quack
+
+        return getattr(quack, name)
+
+    return make
+
+
+def _flash_attn(causal: bool) -> Callable[[], Function]:
+    def make() -> Function:
+        from flash_attn import flash_attn_func
+
+        return lambda q, k, v: flash_attn_func(*(t.transpose(1, 2) for t in (q, k, v)), causal=causal).transpose(1, 2)
+
+    return make
+
+
+PROVIDERS: dict[tuple[str, str], Callable[[], Function]] = {
+    ("liger", "layer_norm"): _liger("liger_layer_norm", 1e-5),
+    ("liger", "rms_norm"): _liger("liger_rms_norm", 1e-6, in_place=False),
+    ("liger", "add_rms_norm"): _liger("liger_fused_add_rms_norm", 1e-6, in_place=False),
+    ("liger", "cross_entropy"): _liger("liger_cross_entropy"),
+    ("liger", "linear_cross_entropy"): _liger("liger_fused_linear_cross_entropy"),
+    ("liger", "swiglu"): _liger_glu("liger_swiglu"),
+    ("liger", "geglu"): _liger_glu("liger_geglu"),
+    ("liger", "rope"): _liger_rope,
+    ("liger", "softmax"): _liger("liger_softmax"),
+    ("quack", "rms_norm"): _quack("rmsnorm"),
+    ("quack", "cross_entropy"): _quack("cross_entropy"),
+    ("quack", "softmax"): _quack("softmax"),
+    ("flash_attn", "attention"): _flash_attn(False),
+    ("flash_attn", "attention causal"): _flash_attn(True),
+}
