@@ -1,6 +1,7 @@
-"""README's table, made from bench/results/*.json: `python -m bench.report` rewrites it, `--check` only compares.
+"""README's tables, made of bench/results/*.json (python -m bench --save) and bench/results/*/results.json, which
+python -m bench.gpu wrote: `python -m bench.report` rewrites them, `--check` only compares.
 
-Ratios are the peer's median time over ours, both under the same malloc setting, taken in turn in one process.
+Ratios are the peer's median time over ours, taken in turn in one process, on a CPU both under the same malloc setting.
 """
 
 from __future__ import annotations
@@ -9,6 +10,8 @@ import argparse
 import json
 from collections.abc import Iterator
 from pathlib import Path
+
+from bench.gpu.tables import markdown
 
 ROOT = Path(__file__).resolve().parent.parent
 README = ROOT / "README.md"
@@ -56,6 +59,8 @@ def render() -> str:
         document = json.loads(path.read_text())
         if "rows" in document:
             lines += [*table(document), ""]
+    for path in sorted((ROOT / "bench" / "results").glob("*/results.json")):  # of python -m bench.gpu
+        lines += [*markdown(json.loads(path.read_text())), ""]
     return "\n".join(lines)
 
 

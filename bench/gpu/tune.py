@@ -15,10 +15,13 @@ from typing import Any
 
 import torch
 
+from bench.ahead_of_time import Case as Demands
+from bench.ahead_of_time import _gate
 from bench.gpu.items import attention_case
 from bench.gpu.record import Record
 from bench.harness import Case, Clock, Run, backward_only, forward_backward, forward_only, take_turns
 from fastlm.kernels import _attention_configuration as table
+from fastlm.kernels._launch import Target, recording, target
 
 TILES = (32, 64, 128, 256)
 WARPS = (4, 8)
@@ -48,20 +51,13 @@ class override:
             del table.OVERRIDES[direction]
 
 
-def sift(run: Run, direction: str, configs: list[Config], device: str) -> list[Config]:
+def sift(run: Run, direction: str, configs: list[Config], target: Target) -> list[Config]:
     """Those whose kernels compile for this chip, fit it and do not spill; all that compile where none is left."""
-    if device != "cuda":
-        return configs
-    from bench.ahead_of_time import Case as Demand
-    from bench.ahead_of_time import _gate
-    from fastlm.kernels import _launch
-
-    target = _launch.target(torch.empty(0, device=device))
     chip = f"sm_{target.arch}"
     _gate.CHIPS[chip] = target
-    demand, rows, owners = Demand("tune", run, narrow=None), [], []
+    demand, rows, owners = Demands("tune", run, narrow=None), [], []
     for config in configs:
-        with override(direction, config), _launch.recording(target) as launches:
+        with override(direction, config), recording(target) as launches:
             run()
         rows += [_gate.Row("attention", demand, launch.kernel.__name__, chip, launch) for launch in launches]
         owners += [config] * len(launches)
@@ -109,7 +105,9 @@ def sweep(case: Case, direction: str, clock: Clock, until: float, small: bool) -
         inputs = case.inputs()
     function = case.functions["fastlm"]
     tried = candidates(small)
-    fit = sift(forward_backward(function, inputs), direction, tried, clock.device)
+    fit = tried
+    if clock.device == "cuda":
+        fit = sift(forward_backward(function, inputs), direction, tried, target(inputs[0]))
     seconds = 0.01 if small else 0.1
     times = time_one({"table": None}, direction, case, inputs, clock, seconds)
     for config in fit:

@@ -1,0 +1,423 @@
+"""bench.gpu without a GPU: every stage's path, what an interrupt and a dying process leave, what time drops."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from contextlib import contextmanager
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+
+from bench import peers, report
+from bench.gpu import __main__ as driver
+from bench.gpu import checks, tables, worker
+from bench.gpu.clock import CudaClock
+from bench.gpu.items import Item, attention_items, op_items, train_items
+from bench.gpu.record import Record
+from bench.harness import Case, Clock, forward_backward
+
+ROOT = Path(__file__).resolve().parent.parent
+DRY = ["--device", "cpu", "--small"]
+
+
+def case(name: str, functions: dict[str, Any] | None = None, **changes: Any) -> Case:
+    double = lambda x: x * 2  # noqa: E731
+    fields = {"bytes": 1e6, "tolerance": 0.25} | changes
+    made = functions or {"fastlm": double, "eager": double}
+    return Case(name, "4x4", torch.float32, lambda: [torch.randn(4, 4).requires_grad_()], made, **fields)
+
+
+@pytest.fixture
+def record(tmp_path: Path) -> Record:
+    made = Record(tmp_path / "out")
+    made.begin(["ops"])
+    return made
+
+
+def run_items(record: Record, cases: list[Case], seconds: float = 60.0) -> dict[str, Any]:
+    items = [Item(c, False) for c in cases]
+    worker.run_items("ops", items, record, Clock(), time.time() + seconds, 0.001)
+    return Record(record.path.parent).data
+
+
+# --- measuring -------------------------------------------------------------------------------------------------------
+
+
+def test_a_row_holds_what_was_measured(record: Record) -> None:
+    record.set("ceilings", {"copy": 1e9, "product": {"float32": 1e12}})
+    data = run_items(record, [case("one", flops=1e6)])
+    (row,) = data["rows"]
+    assert row["name"] == "one 4x4 float32" and row["errors"] == {} and set(row["seconds"]) == {"fastlm", "eager"}
+    assert row["best_peer"] == "eager"
+    assert row["ratio"] == pytest.approx(row["seconds"]["eager"] / row["seconds"]["fastlm"])
+    assert row["share"] == pytest.approx((1e6 / 1e9 + 1e6 / 1e12) / row["seconds"]["fastlm"])
+    assert not data["failed"] and not data["dropped"] and data["running"] is None
+
+
+def test_a_peer_that_fails_costs_its_own_time_alone(record: Record) -> None:
+    def broken(x: torch.Tensor) -> torch.Tensor:
+        raise ImportError("no such thing")
+
+    data = run_items(record, [case("one", {"fastlm": torch.neg, "liger": broken, "eager": torch.neg})])
+    assert set(data["rows"][0]["seconds"]) == {"fastlm", "eager"}
+    assert data["rows"][0]["errors"] == {"liger": "ImportError: no such thing"}
+    assert not data["failed"]
+
+
+def test_a_wrong_or_broken_result_is_not_timed(record: Record) -> None:
+    wrong = case("wrong", {"fastlm": lambda x: x * 3, "eager": lambda x: x * 2})
+    broken = case("broken", {"fastlm": lambda x: x.nothing, "eager": lambda x: x})
+    data = run_items(record, [wrong, broken, case("right")])
+    assert [row["seconds"] for row in data["rows"][:2]] == [{}, {}] and data["rows"][2]["seconds"]
+    assert [note["name"] for note in data["failed"]] == ["wrong 4x4 float32", "broken 4x4 float32"]
+    assert "differs from eager" in data["failed"][0]["why"]
+
+
+def test_time_drops_what_comes_last(record: Record, monkeypatch: pytest.MonkeyPatch) -> None:
+    now = [1000.0]
+    monkeypatch.setattr(worker.time, "time", lambda: now[0])
+
+    def slow(x: torch.Tensor) -> torch.Tensor:
+        now[0] += 1.0
+        return x * 2
+
+    data = run_items(record, [case(str(i), {"fastlm": slow, "eager": torch.add}, tolerance=None) for i in range(4)], 20)
+    names = [row["name"].split()[0] for row in data["rows"]]
+    dropped = [note["name"].split()[0] for note in data["dropped"]]
+    assert names and dropped and names + dropped == ["0", "1", "2", "3"]
+
+
+def test_what_was_tried_is_not_tried_again(record: Record) -> None:
+    run_items(record, [case("one")])
+    before = record.data["rows"][0]["seconds"]
+    data = run_items(record, [case("one"), case("two")])
+    assert data["rows"][0]["seconds"] == before and len(data["rows"]) == 2
+    again = Record(record.path.parent)
+    again.begin(["ops"])
+    data = run_items(again, [case("one")])
+    assert [row["name"] for row in data["rows"]] == ["two 4x4 float32", "one 4x4 float32"], "a new invocation measures"
+
+
+class Cuda:
+    """What CudaClock uses of torch.cuda. Time passes by one second a run."""
+
+    def __init__(self, captures: bool) -> None:
+        self.captures, self.seconds, self.replays, self.capturing = captures, 0.0, 0, False
+        cuda = self
+
+        class Event:
+            def __init__(self, enable_timing: bool) -> None:
+                assert enable_timing
+
+            def record(self) -> None:
+                self.at = cuda.seconds
+
+            def elapsed_time(self, end: Any) -> float:
+                return 1e3 * (end.at - self.at)
+
+        class CUDAGraph:
+            def replay(self) -> None:
+                cuda.replays += 1
+                cuda.seconds += 1
+
+        self.Event, self.CUDAGraph = Event, CUDAGraph
+
+    def Stream(self) -> Any:
+        return SimpleNamespace(synchronize=lambda: None)
+
+    def get_device_properties(self, index: int) -> Any:
+        return SimpleNamespace(L2_cache_size=1 << 10)
+
+    def synchronize(self) -> None:
+        pass
+
+    @contextmanager
+    def stream(self, stream: Any) -> Any:
+        yield
+
+    @contextmanager
+    def graph(self, graph: Any, stream: Any) -> Any:
+        if not self.captures:
+            raise RuntimeError("operation not permitted when stream is capturing")
+        self.capturing = True
+        yield
+        self.capturing = False
+
+
+@pytest.mark.parametrize("captures", [True, False])
+def test_the_clock_of_a_gpu(captures: bool, record: Record, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(CudaClock, "device", "cpu")
+    cuda = Cuda(captures)
+    clock = CudaClock(cuda)
+
+    def step(x: torch.Tensor) -> torch.Tensor:
+        cuda.seconds += 0 if cuda.capturing else 3
+        return x * 2
+
+    item = Item(case("one", {"fastlm": step, "eager": step}), False)
+    worker.run_items("ops", [item], record, clock, time.time() + 60, 0.001)
+    (row,) = record.data["rows"]
+    assert row["seconds"] == ({"fastlm": 1.0, "eager": 1.0} if captures else {"fastlm": 3.0, "eager": 3.0})
+    assert row["graph"] == {"fastlm": captures, "eager": captures}
+    assert set(row["host"]) == {"fastlm", "eager"} and (cuda.replays > 0) == captures
+    assert ("no graph: fastlm, eager" in "\n".join(tables.summary(record.data))) == (not captures)
+
+
+# --- the tables of cases ---------------------------------------------------------------------------------------------
+
+
+def test_items_have_names_of_their_own_and_the_important_come_first() -> None:
+    items = op_items()
+    for some in (items, op_items(small=True), attention_items(), train_items()):
+        assert len({item.name for item in some}) == len(some)
+    assert {item.case.op for item in items if item.compiled} >= {"layer_norm", "cross_entropy", "rope"}
+    first = items[: len({item.case.op for item in items if item.compiled})]
+    assert all(item.case.dtype is torch.bfloat16 for item in first)
+    wide = [i for i, item in enumerate(items) if item.case.dtype is torch.float32]
+    assert min(wide) > len(first)
+
+
+def test_peers_are_those_installed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    assert peers.peers("layer_norm") == {}
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: name == "liger_kernel" or None)
+    found = peers.peers("layer_norm")
+    assert list(found) == ["liger"]
+    module = SimpleNamespace(liger_layer_norm=lambda *args: args)
+    monkeypatch.setitem(sys.modules, "liger_kernel", SimpleNamespace())  # type: ignore[arg-type]
+    package = SimpleNamespace(functional=module)
+    monkeypatch.setitem(sys.modules, "liger_kernel.transformers", package)  # type: ignore[arg-type]
+    assert found["liger"]("x", "w", "b") == ("x", "w", "b", 1e-5)
+
+
+# --- the driver ------------------------------------------------------------------------------------------------------
+
+DIES = """#!{python}
+import os, sys, time
+sys.path.insert(0, {root!r})
+from pathlib import Path
+from bench.gpu.record import Record
+record = Record(Path(sys.argv[sys.argv.index("--out") + 1]))
+for name in "ABC":
+    if name not in record.done("ops"):
+        record.start("ops", name)
+        if name == "B":
+            {death}
+        record.add({{"stage": "ops", "name": name}})
+        record.finish()
+"""
+
+
+@pytest.mark.parametrize(
+    ("death", "rows", "why"),
+    [
+        ("os.abort()", ["A", "C"], "status -6"),
+        ("time.sleep(600)", ["A"], "did not end"),
+        ("sys.exit(3)", ["A", "C"], "3"),
+    ],
+)
+def test_an_item_that_kills_the_process_costs_itself_alone(
+    death: str, rows: list[str], why: str, record: Record, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    script = tmp_path / "python"
+    script.write_text(DIES.format(python=sys.executable, root=str(ROOT), death=death))
+    script.chmod(0o755)
+    monkeypatch.setattr(driver.sys, "executable", str(script))
+    monkeypatch.setattr(driver, "GRACE", 8.0 if "sleep" in death else 600.0)
+    data = driver.measure(record, "ops", "cpu", time.time(), True).data
+    assert [row["name"] for row in data["rows"]] == rows
+    (failed,) = data["failed"]
+    assert failed["name"] == "B" and why in failed["why"] and data["running"] is None
+
+
+def test_the_command(tmp_path: Path) -> None:
+    """A dry run from end to end, then one more stage into the same folder."""
+    command = [sys.executable, "-m", "bench.gpu", "--out", str(tmp_path), *DRY]
+    run = subprocess.run([*command, "--stage", "train"], cwd=ROOT, capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr
+    data = json.loads((tmp_path / "results.json").read_text())
+    assert data["about"]["torch"] == torch.__version__ and data["ceilings"]["copy"] > 0
+    assert [row["stage"] for row in data["rows"]] == ["train"]
+    assert "train gpt2 tiny" in run.stdout.splitlines()[-2] and run.stdout.splitlines()[-1].startswith("written: ")
+    run = subprocess.run([*command, "--stage", "test", "--minutes", "5"], cwd=ROOT, capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr
+    data = json.loads((tmp_path / "results.json").read_text())
+    assert data["tests"]["complete"] and set(data["tests"]["outcomes"]) == {"passed"}
+    assert [row["stage"] for row in data["rows"]] == ["train"], "what was measured before is kept"
+
+
+def test_an_interrupt_keeps_what_was_measured(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "bench.gpu", "--out", str(tmp_path), "--stage", "ops", *DRY]
+    process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True, start_new_session=True)
+    results = tmp_path / "results.json"
+
+    def rows() -> list[Any]:  # whole at any moment
+        return json.loads(results.read_text())["rows"] if results.exists() else []
+
+    while process.poll() is None and len(rows()) < 2:
+        time.sleep(0.02)
+    os.killpg(process.pid, signal.SIGINT)
+    out, _ = process.communicate()
+    assert process.returncode == 130
+    assert len(rows()) >= 2 and "written: " in out.splitlines()[-1] and rows()[0]["name"] in out
+    assert not [path for path in tmp_path.iterdir() if path.name.startswith("results.") and path != results]
+
+
+def test_a_stage_gets_its_share_of_the_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    given = []
+
+    def measure(record: Record, stage: str, device: str, until: float, small: bool) -> Record:
+        given.append((stage, until - time.time()))
+        return record
+
+    monkeypatch.setattr(driver, "measure", measure)
+    driver.run(["ops", "attention", "train"], tmp_path, 9, "cpu", True)
+    assert [stage for stage, _ in given] == ["ops", "attention", "train"]
+    assert [seconds for _, seconds in given] == pytest.approx([540 * 8 / 18, 540 * 6 / 10, 540], rel=0.02)
+
+
+# --- build, test, sanitize -------------------------------------------------------------------------------------------
+
+
+def test_failures_of_the_tests_are_in_the_summary_also_when_cut_short(tmp_path: Path) -> None:
+    lines, file = tmp_path / "lines", tmp_path / "test_some.py"
+    file.write_text(
+        "import os, pytest\ndef test_good(): pass\ndef test_bad(): assert 1 == 2\n"
+        "@pytest.mark.skip\ndef test_skipped(): pass\ndef test_last(): os._exit(9)\n"
+    )
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "bench.gpu.pytest_lines", "--lines", str(lines), str(file)]
+    subprocess.run([*command, "-c", os.devnull], cwd=ROOT, capture_output=True)
+    found = [json.loads(text) for text in lines.read_text().splitlines()]
+    assert [r["outcome"] for r in found] == ["passed", "failed", "skipped"]
+    assert "assert 1 == 2" in found[1]["why"]
+
+
+def test_sanitize_says_when_the_tool_is_absent(record: Record, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(checks, "sanitizer", lambda: None)
+    checks.sanitize(record, "cpu", time.time() + 5)
+    assert "not installed" in "\n".join(tables.summary(Record(record.path.parent).data))
+
+
+def test_sanitize_reads_what_the_tool_says(
+    record: Record, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    tool = tmp_path / "compute-sanitizer"
+    tool.write_text(
+        '#!/bin/sh\necho "========= COMPUTE-SANITIZER"\necho "gelu 1x3"\n'
+        'if [ "$2" = racecheck ]; then sleep 600; fi\n'
+        'echo "========= Invalid __global__ read of size 4 bytes"\necho "========= ERROR SUMMARY: 1 error"\nexit 99\n'
+    )
+    tool.chmod(0o755)
+    monkeypatch.setattr(checks, "sanitizer", lambda: str(tool))
+    checks.sanitize(record, "cpu", time.time() + 4)
+    found = Record(record.path.parent).data["sanitize"]
+    assert found["memcheck"]["errors"] == 1 and found["memcheck"]["ran"] == 1
+    assert "Invalid __global__ read" in found["memcheck"]["said"]
+    assert found["racecheck"]["ended"] == "out of time" and found["racecheck"]["errors"] is None
+    assert "memcheck: 1 errors" in "\n".join(tables.summary(record.data))
+
+
+def test_every_op_runs_on_odd_sizes() -> None:
+    command = [sys.executable, "-W", "ignore", "-m", "bench.gpu.odd", "--device", "cpu"]
+    run = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert run.returncode == 0, run.stdout[-2000:] + run.stderr[-2000:]
+    ran = run.stdout.splitlines()
+    for op in ("adam", "attention backward", "attention documents", "cross_entropy", "rope", "add_layer_norm"):
+        assert any(text.startswith(op) for text in ran), op
+
+
+# --- tables ----------------------------------------------------------------------------------------------------------
+
+
+def document() -> dict[str, Any]:
+    row = {
+        "stage": "ops", "name": "gelu 4x4 bfloat16", "op": "gelu", "shape": "4x4", "dtype": "bfloat16",
+        "seconds": {"fastlm": 1e-3, "eager": 2e-3}, "host": {"fastlm": 2e-5}, "graph": {}, "errors": {},
+        "bytes": 3e9, "flops": 0.0, "best_peer": "eager", "ratio": 2.0, "share": 0.75,
+    }  # fmt: skip
+    attention = row | {
+        "stage": "attention", "name": "attention forward B1 H16 S16384 D128 bfloat16", "op": "attention forward",
+        "shape": "B1 H16 S16384 D128", "flops": 5e11,
+    }  # fmt: skip
+    alone = row | {"name": "alone", "op": "alone", "seconds": {"fastlm": 1e-3}, "best_peer": "", "ratio": None}
+    failed = row | {"name": "failed", "op": "failed", "seconds": {}}
+    return {
+        "about": {"device": "A GPU", "torch": "2.13.0", "triton": "3.9.0", "commit": "abc"},
+        "ceilings": {"copy": 4e12, "product": {"bfloat16": 8e14, "float32": 4e14}},
+        "rows": [row, attention, alone, failed],
+        "failed": [{"stage": "ops", "name": "failed", "why": "ImportError: x"}],
+        "dropped": [{"stage": "ops", "name": n, "why": "out of time"} for n in ("one", "two")],
+        "tests": {"outcomes": {"passed": 3, "failed": 1}, "complete": True, "failures": [{"test": "t", "why": "w"}]},
+    }
+
+
+def test_the_summary_tells_everything() -> None:
+    text = list(tables.summary(document()))
+    assert "copy 4000 GB/s" in text[2] and "bfloat16 800" in text[2]
+    (row,) = [line for line in text if line.startswith("gelu")]
+    assert row.split()[3:] == ["1.000", "3000", "GB/s", "75%", "2.00x", "eager", "20"]
+    assert any("500 TFLOP/s" in line for line in text)
+    assert "  FAILED t" in text and "FAILED ops: failed: ImportError: x" in text
+    assert text[-1] == "dropped (ops, out of time): one; two"
+
+
+def test_plots(tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
+    assert [path.name for path in tables.plot(document(), tmp_path)] == ["ops.png", "attention.png"]
+    assert tables.plot(document() | {"rows": []}, tmp_path) == []
+
+
+def test_readme_gets_a_table_for_each_device_that_was_measured(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(report, "ROOT", tmp_path)
+    assert report.render() == ""
+    folder = tmp_path / "bench" / "results" / "a-gpu"
+    folder.mkdir(parents=True)
+    (folder / "results.json").write_text(json.dumps(document()))
+    text = report.render()
+    assert text.startswith("A GPU; torch 2.13.0")
+    assert "| gelu | 4x4 | bfloat16 | 1.000 | 3000 GB/s | 75% | 2.00× | eager |" in text
+
+
+# --- tuning ----------------------------------------------------------------------------------------------------------
+
+
+def test_tuning_leaves_out_what_spills_and_finds_the_fastest(record: Record, monkeypatch: pytest.MonkeyPatch) -> None:
+    triton = pytest.importorskip("triton")
+    from fastlm.kernels import _platform
+
+    if _platform.INTERPRETED:
+        pytest.skip("kernels loaded for the interpreter do not compile")
+    from bench.ahead_of_time import _gate, meta
+    from bench.gpu import tune
+    from fastlm.kernels import _launch
+    from tests.test_ahead_of_time import _spilling
+
+    assert triton
+    x = meta(1 << 16, dtype=torch.float32)
+    small, large = tune.Config(32, 32, 4, 2), tune.Config(128, 128, 4, 2)
+
+    def run() -> None:
+        config = tune.table.OVERRIDES["forward"]
+        _launch.launch(_spilling, (1,), x, x, N=config.m * config.n, num_warps=1)
+
+    monkeypatch.setattr(_gate, "CACHE", record.path.parent)
+    chip = _gate.CHIPS["sm_90"]
+    assert tune.sift(run, "forward", [small, large], chip) == [small]
+    assert tune.sift(run, "forward", [large], chip) == [large], "all spill: the least evil is still to be found"
+    assert tune.table.OVERRIDES == {}
+
+    def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+        time.sleep(0.002 if tune.table.OVERRIDES.get("forward") == small else 0.02)
+        return q + k + v
+
+    slow = Case("a", "s", torch.float32, lambda: [torch.ones(2, requires_grad=True)] * 3, {"fastlm": attend})
+    found = tune.sweep(slow, "forward", Clock(), time.time() + 60, True)
+    assert found["best"] == str(tuple(small)) and found["gain"] > 2 and slow.runner is forward_backward
