@@ -1,19 +1,27 @@
 """layer_norm and rms_norm in Triton, with the addition of a residual and its dropout: one set of kernels, in which
 rms_norm is the case without a mean.
 
-Forward, a row in registers: load, mean, deviations (masked columns deviate by 0), their sum, which corrects the mean,
-and their squares; then y. The parameters are loaded after the sums, from the cache. Backward: every program goes
-through its rows with dweight and dbias in float32 registers, the next rows already on their way through shared memory,
-and writes them as one part; a second kernel adds the parts up in order. Rows above REGISTERS go in pieces: statistics
-lane by lane (Welford 1962), then the row again from the cache; dx and the sums over rows are two kernels there, because
-no register file holds two rows of float32 sums.
+Forward     a row in registers: its mean, then the sum of the deviations, which corrects the mean, and that of their
+            squares (columns behind the end deviate by 0), then y with the parameters from the cache.
+Backward    a program goes through its rows and keeps dweight and dbias as float32 sums in registers, while the next
+            rows are on their way to shared memory; it leaves one part, and a second kernel adds the parts in order.
+Long rows   above REGISTERS go in pieces, twice: statistics lane by lane (Welford 1962) or the two sums of the backward,
+            then the row again from the cache. dweight and dbias are a kernel of their own there.
+Bytes       forward: x (and residual) read, y (and h) written, once. backward: x, dy (and dh) read and dx (and with
+            dropout dresidual) written, once; long rows read x and dy once more for dweight and dbias. Parts: four rows
+            of float32 for each multiprocessor at most, which stay in the L2 cache.
+Parallel    tiles of whole rows, many narrow ones or one wide one; backward: as many programs as fit at once.
+Papers      Ba et al. 2016, arXiv:1607.06450; Zhang and Sennrich 2019, arXiv:1910.07467.
 
-Bytes     forward reads x (and residual) and writes y (and h) once; backward reads x and dy (and dh) and writes dx once.
-          The parts are at most 4 rows of float32 for each multiprocessor. Wide rows: x and dy are read twice by the
-          backward if there are parameters, and once more from the L2 cache by either direction.
-Parallel  TILE elements for each program: many narrow rows or a part of the GPU's registers of a wide one. Programs are
-          few rows apart, so that neighbours read neighbouring memory.
-Papers    Ba et al. 2016, arXiv:1607.06450; Zhang and Sennrich 2019, arXiv:1910.07467.
+What bounds it: at 4.8 TB/s and some 0.8 us of latency each of the 132 multiprocessors of an H200 needs 29 KB on their
+way at all times. 64 bytes a thread and the registers below give 40 to 64 KB forward (programs take turns between
+memory and sums), and the two stages ahead of the backward's loop 64 KB. Not measured on a GPU yet.
+
+Tried and lost, by what the compiler makes of it for sm_90: parameters loaded first (4096 bfloat16: 96 registers, 71
+when loaded after the sums: 7 programs a multiprocessor, not 5); a row of 32768 forward (59 spills) and of 16384
+backward (87 spills with both sums, 15 with one; none only with x, dy and the weight in shared memory, which the pair of
+kernels does not need); the two sums one after the other (2 barriers a tile and up to 23 registers more than joined);
+N as an argument (loads of 4 bytes for widths like 1000, registers for columns that do not exist).
 """
 
 from __future__ import annotations
@@ -79,6 +87,12 @@ def _rstd(square, eps):
 
 
 @triton.jit
+def _two_sums(a, b):
+    """The sums of the rows of both, through shared memory together."""
+    return tl.split(tl.sum(tl.join(a, b), 1))
+
+
+@triton.jit
 def _forward(
     x, residual, weight, bias, h, y, mean, rstd, seed, x_stride, r_stride, M, eps, offset, threshold, scale,
     N: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
@@ -104,8 +118,9 @@ def _forward(
         value = value - mu[:, None]
         if N < BLOCK:
             value = tl.where((column < N)[None, :], value, 0.0)
-        shift = tl.sum(value, 1) / N
-        r = _rstd(tl.maximum(tl.sum(value * value, 1) / N - shift * shift, 0.0), eps)
+        shift, square = _two_sums(value, value * value)
+        shift = shift / N
+        r = _rstd(tl.maximum(square / N - shift * shift, 0.0), eps)
         tl.store(mean + row, mu + shift, mask=row < M)
         value = value * r[:, None] - (shift * r)[:, None]
     else:
@@ -211,10 +226,11 @@ def _backward(
         if weight is not None:
             sum_w += g * xhat
             g = g * w
-        d = g - xhat * (tl.sum(g * xhat, 1) / N)[:, None]
         if mean is not None:
-            d = d - (tl.sum(g, 1) / N)[:, None]
-        d = d * r
+            c1, c2 = _two_sums(g, g * xhat)
+            d = (g - (c1 / N)[:, None] - xhat * (c2 / N)[:, None]) * r
+        else:
+            d = (g - xhat * (tl.sum(g * xhat, 1) / N)[:, None]) * r
         if dh is not None:
             d += tl.load(dh + place, mask=inside, other=0.0).to(tl.float32)
         if seed is not None:
@@ -363,6 +379,13 @@ def _backward_shape(m: int, n: int, streams: int, itemsize: int, at: Target) -> 
     return height, block, warps, cdiv(tiles, cdiv(tiles, at.sms * together)), stages
 
 
+@functools.lru_cache(4096)
+def _parts_shape(parts: int, n: int) -> tuple[int, int, int]:
+    """Rows and columns of a tile of _add_parts, and warps: narrow, so that short rows too keep the GPU busy."""
+    tall, across = min(next_power_of_2(parts), 256), 16 if n < 4096 else 64
+    return tall, across, max(min(tall * across // 512, 8), 1)
+
+
 def _lines(tensor: Tensor) -> tuple[Tensor, int | None]:
     """The tensor as rows and the distance between them, None where they follow each other."""
     if tensor.is_contiguous():  # no view is made of the usual case
@@ -455,10 +478,10 @@ def backward(
             _backward, (count,), *tensors, parts, dy_stride, x_stride, m, *numbers,
             BIAS=needs_bias, N=n, ROWS=height, BLOCK=block, STAGES=stages, num_warps=warps,
         )  # fmt: skip
-    tall, across = min(next_power_of_2(count), 256), 16 if n < 4096 else 64
+    tall, across, warps = _parts_shape(count, n)
     first, second = (dw, db) if weight is not None else (db, dw)
     launch(
         _add_parts, (cdiv(n, across), sums), parts, first, second, count,
-        N=n, ROWS=tall, BLOCK=across, num_warps=max(min(tall * across // 512, 8), 1),
+        N=n, ROWS=tall, BLOCK=across, num_warps=warps,
     )  # fmt: skip
     return dx, dr, dw, db

@@ -23,20 +23,21 @@ class RMSNorm(torch.nn.RMSNorm):
         return F.rms_norm(x, self.normalized_shape, self.weight, self.eps)
 
 
-def add_norm(norm: LayerNorm | RMSNorm, x: Tensor, residual: Tensor) -> tuple[Tensor, Tensor]:
-    """h = x + residual, y = norm(h), in one pass over memory where both have one dtype.
+def add_norm(norm: LayerNorm | RMSNorm, x: Tensor, residual: Tensor, dropout: float = 0.0) -> tuple[Tensor, Tensor]:
+    """h = dropout(x) + residual, y = norm(h), in one pass over memory where both have one dtype.
 
     Args:
         norm: a layer that normalises the last dimension alone.
         x: (..., N), the output of a branch; under autocast bfloat16 beside a float32 residual stream.
         residual: (..., N), the residual stream.
+        dropout: probability in [0, 1] that an element of x is dropped.
 
     Returns:
         (y, h), h in the dtype torch promotes x and residual to.
     """
-    if x.dtype is not residual.dtype:
-        h = residual + x
+    if x.dtype is not residual.dtype or dropout == 1.0:
+        h = residual + torch.nn.functional.dropout(x, dropout)
         return norm(h), h
     if isinstance(norm, torch.nn.LayerNorm):
-        return ops.add_layer_norm(x, residual, norm.weight, norm.bias, norm.eps)
-    return ops.add_rms_norm(x, residual, norm.weight, norm.eps)
+        return ops.add_layer_norm(x, residual, norm.weight, norm.bias, norm.eps, dropout=dropout)
+    return ops.add_rms_norm(x, residual, norm.weight, norm.eps, dropout=dropout)

@@ -69,6 +69,6 @@ class TransformerBlock(torch.nn.Module):
 
     def forward(self, x: Tensor, rope: tuple[Tensor, Tensor] | None = None, cache: KVCache | None = None) -> Tensor:
         """x (B, S, C) -> (B, S, C); rope and cache as SelfAttention."""
-        branch = self.dropout(self.attention(self.norm1(x), rope, cache))
-        y, x = add_norm(self.norm2, branch, x)  # the addition and the norm in one pass
+        branch = self.attention(self.norm1(x), rope, cache)
+        y, x = add_norm(self.norm2, branch, x, self.dropout.p if self.dropout.training else 0.0)  # in one pass
         return x + self.dropout(self.mlp(y))

@@ -122,6 +122,21 @@ def test_add_norm_fuses_and_promotes(kind: str) -> None:
         make_norm("batch", 16)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_add_norm_drops_elements_of_the_branch(dtype: torch.dtype) -> None:
+    """Fused where branch and stream have one dtype, apart where not."""
+    from fastlm.nn.norm import add_norm
+    from fastlm.nn.transformer import make_norm
+
+    norm = make_norm("rms", 64)
+    x, residual = torch.ones(50, 64, dtype=dtype), torch.zeros(50, 64)
+    y, h = add_norm(norm, x, residual, 0.25)
+    assert 0.7 < float((h != 0).float().mean()) < 0.8
+    torch.testing.assert_close(h[h != 0], torch.full_like(h[h != 0], 1 / 0.75), rtol=4e-3, atol=0)
+    torch.testing.assert_close(y, norm(h))
+    assert bool((add_norm(norm, x, residual, 1.0)[1] == 0).all())
+
+
 # --- rotary ----------------------------------------------------------------------------------------------------------
 
 
