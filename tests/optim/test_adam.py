@@ -16,7 +16,7 @@ from torch import Tensor, nn
 import fastlm
 from fastlm import optim
 from fastlm.ops.adam import OP, dequantize
-from tests.ops.harness import assert_same_bits, each_backend, each_dtype, on, refuses, sizes
+from tests.ops.harness import GPU, assert_same_bits, each_backend, each_dtype, on, refuses, sizes
 
 PAIRS = [(optim.Adam, torch.optim.Adam), (optim.AdamW, torch.optim.AdamW)]
 each_pair = pytest.mark.parametrize(("ours", "theirs"), PAIRS, ids=["Adam", "AdamW"])
@@ -313,6 +313,74 @@ def test_tensor_lr_scheduled_and_scaled(backend: str, ours: Any, theirs: Any) ->
                 b.step()
     torch.testing.assert_close(values(mine), values(other), rtol=1e-5, atol=1e-6)
     assert all(a.state[p]["step"] == 4 for p in mine)
+
+
+on_gpu = pytest.mark.skipif(not GPU, reason="no GPU")
+
+
+@on_gpu
+@pytest.mark.parametrize("bits", [32, 8])
+def test_cuda_graph(bits: int) -> None:
+    """A captured step reads lr, found_inf and gradients anew at each replay, with ordinary steps in between."""
+    with torch.device("cuda"):
+        mine, other = parameters(), parameters()
+        lr, found = torch.tensor(1e-2), torch.zeros(())
+    for p in mine:
+        p.grad = torch.zeros_like(p)
+    static = [p.grad for p in mine]
+    a = optim.AdamW(mine, lr, capturable=True, max_norm=1.0, state_bits=bits)
+    b = optim.AdamW(other, 1e-2, max_norm=1.0, state_bits=bits)
+    a.found_inf = found
+
+    def gradients(seed: int) -> None:
+        give_gradients(other, seed=seed)
+        for p, q, kept in zip(mine, other, static, strict=True):
+            kept.copy_(q.grad)
+            p.grad = kept
+
+    with torch.device("cuda"), on("triton"):
+        gradients(0)
+        stream = torch.cuda.Stream()
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
+            a.step()
+        torch.cuda.current_stream().wait_stream(stream)
+        b.step()
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            a.step()
+        for step in range(1, 6):
+            lr.fill_(1e-2 / step)
+            b.param_groups[0]["lr"] = 1e-2 / step
+            gradients(step)
+            if step == 3:  # not the graph, and gradients elsewhere
+                for p in mine:
+                    p.grad = p.grad.clone()
+                a.step()
+            else:
+                graph.replay()
+            b.step()
+        assert_same_bits(values(mine), values(other))
+        before = values(mine)
+        found.fill_(1.0)
+        graph.replay()
+        assert_same_bits(values(mine), before)
+        assert all(a.state[p]["step"] == 6 for p in mine)
+
+
+@on_gpu
+def test_a_step_does_not_wait_for_the_gpu() -> None:
+    with torch.device("cuda"), on("triton"):
+        params = parameters(torch.bfloat16)
+        a = optim.AdamW(params, torch.tensor(1e-3), max_norm=1.0, stochastic_rounding=True)
+        for step in range(3):
+            give_gradients(params, seed=step)
+            a.grad_scale, a.found_inf = torch.tensor(2.0), torch.tensor(0.0)
+            torch.cuda.set_sync_debug_mode("error" if step else "default")
+            try:
+                a.step()
+            finally:
+                torch.cuda.set_sync_debug_mode("default")
 
 
 def eight_bits(params: list[nn.Parameter], **options: Any) -> optim.AdamW:
