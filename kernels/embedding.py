@@ -133,7 +133,7 @@ def backward(dy: Tensor, ids: Tensor, classes: int, padding_idx: int) -> Tensor:
     width = min(next_power_of_2(n), WIDEST)
     across = cdiv(n, width)
     sizes = (classes, n // step, padding_idx, gradient.stride(0) // step)
-    options = {"UNIT": step, "PIECE": PIECE, "STEP": ELEMENTS // width, "COLS": width, "num_warps": WARPS}
+    options = {"UNIT": step, "PIECE": PIECE, "STEP": min(ELEMENTS // width, 64), "COLS": width, "num_warps": WARPS}
     launch(_pieces, (m // PIECE * across,), gradient, keys, order, partial, *sizes, **options)
     launch(
         _rows, (cdiv(classes, GROUP) * across,), gradient, starts, order, partial, dweight, *sizes,

@@ -7,6 +7,7 @@ from fastlm.ops.cross_entropy import cross_entropy
 from fastlm.ops.embedding import embedding
 from fastlm.ops.gelu import gelu
 from fastlm.ops.glu import geglu, swiglu
+from fastlm.ops.kl_div import kl_div
 from fastlm.ops.layer_norm import add_layer_norm, layer_norm
 from fastlm.ops.linear_cross_entropy import linear_cross_entropy
 from fastlm.ops.rms_norm import add_rms_norm, rms_norm
@@ -24,6 +25,7 @@ __all__ = [
     "geglu",
     "gelu",
     "grad_norm",
+    "kl_div",
     "layer_norm",
     "linear_cross_entropy",
     "rms_norm",
