@@ -7,7 +7,7 @@ positions; torch.searchsorted finds where each run starts. `_pieces` adds up, in
 within one run; `_rows` writes each row of dweight, as zeros or as the sum of the run's head, of its whole pieces and of
 its tail, in this order. A run of any length is thus added by as many programs as it has pieces, and the one that writes
 its row reads fewer than 2 PIECE rows of dy and one row for each piece. Reads dy once and writes dweight once; sorting,
-the starts (8 (V + 1) bytes) and the partial sums (4 bytes for PIECE elements of dy) come on top. No atomics, no host
+the starts (8 bytes for each row of the table, written and read) and the partial sums (4 bytes for PIECE elements of dy) come on top. No atomics, no host
 sync.
 
 Lost: a gradient zeroed first and programs for the runs alone. It writes the touched rows twice, and zeros cost a
@@ -98,7 +98,7 @@ def _rows(
             for piece in range(head // PIECE, tail // PIECE, STEP):
                 number = piece + tl.arange(0, STEP)[:, None]
                 inside = (number < tail // PIECE) & (col < n * UNIT)
-                total += tl.load(partial + number * UNIT * n + col, mask=inside, other=0.0)
+                total += tl.load(partial + number.to(tl.int64) * UNIT * n + col, mask=inside, other=0.0)
             total = _add(total, order, dy, tail, last, col, n * UNIT, dy_row, UNIT, STEP)
             tl.store(dweight + row * UNIT * n + at, tl.sum(total, 0), mask=at < n * UNIT)
             begin = end
@@ -126,7 +126,7 @@ def backward(dy: Tensor, ids: Tensor, classes: int, padding_idx: int) -> Tensor:
     # Ids out of range come first and last. int32 keys halve the passes of the sort.
     keys, order = torch.sort(ids.reshape(-1).clamp(-1, classes).to(torch.int32), stable=True)
     bounds = torch.arange(classes + 1, dtype=torch.int32, device=ids.device)
-    starts = torch.searchsorted(keys, bounds)
+    starts = torch.searchsorted(keys, bounds, out_int32=True)
     partial = empty((m // PIECE, n), dy, torch.float32)
     gradient = rows(dy)
     step = unit(n, gradient.stride(0))
