@@ -46,8 +46,9 @@ def test(record: Record, until: float, small: bool) -> None:
     """pytest of what runs on the GPU; several processes where pytest-xdist is there: compilation takes longest."""
     lines = record.path.with_name("tests.jsonl")
     lines.unlink(missing_ok=True)
-    chosen = ["tests/ops/test_gelu.py", "-k", "bad_arguments"] if small else ["tests", "-k", "triton or cuda or gpu"]
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-p", "bench.gpu.pytest_lines"]
+    chosen = ["tests/ops/test_gelu.py", "-k", "bad_arguments"] if small else ["tests", "-k", "triton or cuda"]
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-p", "no:benchmark"]
+    command += ["-p", "bench.gpu.pytest_lines"]
     if importlib.util.find_spec("xdist") and not small:
         command += ["-n", str(min(8, max((os.cpu_count() or 1) // 2, 1)))]
     command += ["--lines", str(lines), *chosen]

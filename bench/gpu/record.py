@@ -79,7 +79,11 @@ def about(device: str) -> dict[str, Any]:
         triton_version = triton.__version__
     except ImportError:
         triton_version = None
-    git = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True)
+    try:
+        git = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True)
+        commit = git.stdout.strip()
+    except OSError:
+        commit = ""
     found = {
         "device": platform.processor() or platform.machine(),
         "torch": torch.__version__,
@@ -87,7 +91,7 @@ def about(device: str) -> dict[str, Any]:
         "triton": triton_version,
         "fastlm": fastlm.__version__,
         "python": platform.python_version(),
-        "commit": git.stdout.strip(),
+        "commit": commit,
         "date": time.strftime("%Y-%m-%d"),
     }
     if device == "cuda":

@@ -95,7 +95,8 @@ def row(stage: str, result: Result, captured: dict[str, bool], ceilings: dict[st
 def ceilings(record: Record, clock: Clock, small: bool) -> None:
     """Random data, several times the L2; products in the dtypes the ops compute in (float32 as tf32)."""
     torch.backends.cuda.matmul.allow_tf32 = True
-    found = measure_ceilings(clock, *((1 << 16, 128) if small else (1 << 30, 8192)))
+    memory = torch.cuda.get_device_properties(0).total_memory if clock.device == "cuda" else 8 << 30
+    found = measure_ceilings(clock, *((1 << 16, 128) if small else (min(1 << 30, memory // 64), 8192)))
     torch.backends.cuda.matmul.allow_tf32 = False
     products = {dtype_name(dtype): rate for dtype, rate in found.products.items()}
     record.set("ceilings", {"copy": found.copy, "product": products | {"float16": products["bfloat16"]}})
