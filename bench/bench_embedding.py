@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -21,8 +21,8 @@ def inputs(m: int, v: int, n: int, dtype: torch.dtype) -> list[Tensor]:
     return [ids, torch.randn(v, n).to(dtype).requires_grad_()]
 
 
-def cases() -> Iterator[Case]:
-    for m, v, n in SHAPES:
+def cases(sizes: Sequence[tuple[int, int, int]] = tuple(SHAPES)) -> Iterator[Case]:
+    for m, v, n in sizes:
         for dtype in DTYPES:
             yield Case(
                 "embedding",
@@ -31,6 +31,7 @@ def cases() -> Iterator[Case]:
                 lambda m=m, v=v, n=n, dtype=dtype: inputs(m, v, n, dtype),
                 {"fastlm": ops.embedding, "eager": F.embedding, "compile": F.embedding},
                 bytes=(3 * m + v) * n * dtype.itemsize,
+                forward=2 * m / (3 * m + v),
             )
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from functools import partial
 
 import torch
@@ -14,8 +14,8 @@ SHAPES = [(4096, 256), (2048, 4096), (256, 32000)]
 DTYPES = [torch.float32, torch.bfloat16]
 
 
-def cases() -> Iterator[Case]:
-    for m, n in SHAPES:
+def cases(sizes: Sequence[tuple[int, int]] = tuple(SHAPES)) -> Iterator[Case]:
+    for m, n in sizes:
         for dtype in DTYPES:
             for log in (False, True):
                 eager = partial(torch.log_softmax if log else torch.softmax, dim=-1)
@@ -26,6 +26,7 @@ def cases() -> Iterator[Case]:
                     lambda m=m, n=n, dtype=dtype: [torch.randn(m, n).to(dtype).requires_grad_()],
                     {"fastlm": partial(ops.softmax, log=log), "eager": eager, "compile": eager},
                     bytes=5 * m * n * dtype.itemsize,
+                    forward=2 / 5,
                 )
 
 

@@ -40,8 +40,10 @@ Sizes = Sequence[tuple[int, ...]] | Mapping[str, Sequence[tuple[int, ...]]]
 SIZES: dict[str, Sizes] = {
     "adam": {"1.2B in 100": [(12_400_000,)] * 100, "GPT-2 124M": GPT2},
     "cross_entropy": [(8192, 128256), (8192, 32768), (16384, 50257), (4096, 8192)],
+    "embedding": [(65536, 50304, 768), (16384, 128256, 4096)],
     "gelu": [(16384, 4096), (4096, 768)],
     "glu": [(8192, 11008), (4096, 768)],
+    "kl_div": [(8192, 32768), (8192, 128256)],
     "layer_norm": ROWS,
     "linear_cross_entropy": [(8192, 4096, 128256), (16384, 768, 50304)],
     "rms_norm": ROWS,
@@ -54,8 +56,10 @@ named here runs its own sizes."""
 SMALL: dict[str, Sizes] = {
     "adam": {"odd": [(1,), (17,), (1031, 3), (0,)]},
     "cross_entropy": [(5, 1031), (3, 65)],
+    "embedding": [(33, 67, 129)],
     "gelu": [(17, 1025), (1, 3)],
     "glu": [(17, 1025), (1, 3)],
+    "kl_div": [(5, 1031), (3, 65)],
     "layer_norm": [(17, 1025), (1, 3), (33, 129)],
     "linear_cross_entropy": [(33, 67, 131)],
     "rms_norm": [(17, 1025), (1, 3), (33, 129)],
