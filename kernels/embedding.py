@@ -7,8 +7,8 @@ positions; torch.searchsorted finds where each run starts. `_pieces` adds up, in
 within one run; `_rows` writes each row of dweight, as zeros or as the sum of the run's head, of its whole pieces and of
 its tail, in this order. A run of any length is thus added by as many programs as it has pieces, and the one that writes
 its row reads fewer than 2 PIECE rows of dy and one row for each piece. Reads dy once and writes dweight once; sorting,
-the starts (8 bytes for each row of the table, written and read) and the partial sums (4 bytes for PIECE elements of dy) come on top. No atomics, no host
-sync.
+the starts (8 bytes for each row of the table, written and read) and the partial sums (4 bytes for PIECE elements of dy)
+come on top. No atomics, no host sync.
 
 Lost: a gradient zeroed first and programs for the runs alone. It writes the touched rows twice, and zeros cost a
 program that finds an empty run no reads.
@@ -25,9 +25,9 @@ from fastlm.kernels._launch import cdiv, empty, launch, next_power_of_2, rows, t
 
 GATHER, WARPS = 4096, 4
 """Elements of a tile of the gather: four 16-byte accesses of a 16-bit dtype a thread, to hide the wait for the ids."""
-PIECE, ELEMENTS, WIDEST = 128, 4096, 1024
-"""Sorted positions of a partial sum; elements of dy added at once, four 16-byte loads of a 16-bit dtype a thread;
-columns of them, so many that a row's sum is stored 16 bytes at a time."""
+PIECE, BYTES, WIDEST = 128, 8192, 1024
+"""Sorted positions of a partial sum; bytes of dy added at once, four 16-byte loads a thread; columns of them, so many
+that a row's sum is stored 16 bytes at a time."""
 GROUP = 8
 """Rows of dweight that a program writes; where no id names one of them, as one tile of zeros."""
 
@@ -133,7 +133,13 @@ def backward(dy: Tensor, ids: Tensor, classes: int, padding_idx: int) -> Tensor:
     width = min(next_power_of_2(n), WIDEST)
     across = cdiv(n, width)
     sizes = (classes, n // step, padding_idx, gradient.stride(0) // step)
-    options = {"UNIT": step, "PIECE": PIECE, "STEP": min(ELEMENTS // width, 64), "COLS": width, "num_warps": WARPS}
+    options = {
+        "UNIT": step,
+        "PIECE": PIECE,
+        "STEP": min(BYTES // dy.itemsize // width, 64),
+        "COLS": width,
+        "num_warps": WARPS,
+    }
     launch(_pieces, (m // PIECE * across,), gradient, keys, order, partial, *sizes, **options)
     launch(
         _rows, (cdiv(classes, GROUP) * across,), gradient, starts, order, partial, dweight, *sizes,
