@@ -111,6 +111,7 @@ class Cuda:
 
     def __init__(self, captures: bool) -> None:
         self.captures, self.seconds, self.replays, self.capturing = captures, 0.0, 0, False
+        self.streams: list[Any] = []
         cuda = self
 
         class Event:
@@ -131,7 +132,7 @@ class Cuda:
         self.Event, self.CUDAGraph = Event, CUDAGraph
 
     def Stream(self) -> Any:
-        return SimpleNamespace(synchronize=lambda: None)
+        return SimpleNamespace()
 
     def get_device_properties(self, index: int) -> Any:
         return SimpleNamespace(L2_cache_size=1 << 10)
@@ -141,7 +142,9 @@ class Cuda:
 
     @contextmanager
     def stream(self, stream: Any) -> Any:
+        self.streams.append(stream)
         yield
+        self.streams.pop()
 
     @contextmanager
     def graph(self, graph: Any, stream: Any) -> Any:
@@ -158,7 +161,10 @@ def test_the_clock_of_a_gpu(captures: bool, record: Record, monkeypatch: pytest.
     cuda = Cuda(captures)
     clock = CudaClock(cuda)
 
+    first: list[Any] = []
+
     def step(x: torch.Tensor) -> torch.Tensor:
+        first.append(list(cuda.streams))
         cuda.seconds += 0 if cuda.capturing else 3
         return x * 2
 
@@ -166,6 +172,7 @@ def test_the_clock_of_a_gpu(captures: bool, record: Record, monkeypatch: pytest.
     worker.run_items("ops", [item], record, clock, time.time() + 60, 0.001)
     (row,) = record.data["rows"]
     assert row["seconds"] == ({"fastlm": 1.0, "eager": 1.0} if captures else {"fastlm": 3.0, "eager": 3.0})
+    assert first[0] == [clock.stream], "a backward runs where its forward ran: on the stream that is captured"
     assert row["graph"] == {"fastlm": captures, "eager": captures}
     assert set(row["host"]) == {"fastlm", "eager"} and (cuda.replays > 0) == captures
     assert ("no graph: fastlm, eager" in "\n".join(tables.summary(record.data))) == (not captures)

@@ -31,15 +31,16 @@ class CudaClock(Clock):
         self.captured: dict[int, bool] = {}
         """By id of what prepare() returned, whether it is a graph."""
 
-    def prepare(self, run: Run) -> Run:
-        """A graph's replay, or the run itself where it cannot be captured.
-
-        All on one side stream: autograd runs a backward where its forward ran, and that must be the stream captured.
-        """
+    def once(self, run: Run) -> None:
+        """On the side stream: autograd runs a backward where its forward ran, and that must be the stream captured."""
         with self.cuda.stream(self.stream):
-            for _ in range(3):
-                run()
-        self.stream.synchronize()
+            run()
+        self.cuda.synchronize()
+
+    def prepare(self, run: Run) -> Run:
+        """A graph's replay, or the run itself where it cannot be captured."""
+        for _ in range(3):
+            self.once(run)
         graph = self.cuda.CUDAGraph()
         try:
             with self.cuda.graph(graph, stream=self.stream):

@@ -41,8 +41,7 @@ def build(case: Case, clock: Clock, compiled: bool) -> tuple[dict[str, Run], dic
         try:
             with torch.device(clock.device):
                 run = case.build(name)[name]
-            run()
-            clock.settle()
+            clock.once(run)
             runs[name] = run
         except Exception as error:
             errors[name] = short(error)
