@@ -7,27 +7,27 @@ import triton.language as tl
 
 from fastlm.kernels._attention_common import (
     INF,
-    LOG2E,
     extent,
     finite,
-    kept,
+    in_units,
     logits,
     narrowed,
     place,
-    row_hash,
+    power,
     rows_at,
     seen_range,
     store_rows,
 )
+from fastlm.kernels._random import kept, row_keys
 
 
 @triton.jit
 def prepare(
-    dout, out, lse, dlse, sinks, lse2, delta, dsinks, grad_batch, grad_head, grad_row, out_batch, out_head, out_row,
+    dout, out, lse, dlse, sinks, shift, delta, dsinks, grad_batch, grad_head, grad_row, out_batch, out_head, out_row,
     heads, len_q, tiles, DV: tl.constexpr, M: tl.constexpr, WIDTH_V: tl.constexpr, DLSE: tl.constexpr,
-    SINKS: tl.constexpr,
+    SINKS: tl.constexpr, PRECISE: tl.constexpr,
 ):  # fmt: skip
-    """delta = rowsum(dout * out) - dlse; lse in units of log2, +inf for a row that sees nothing: its weights are 0."""
+    """delta = rowsum(dout * out) - dlse; lse in the units of logits, +inf for a row that sees nothing: its weights are 0."""
     program = tl.program_id(0)
     tile, pair = program % tiles, program // tiles
     batch, head = (pair // heads).to(tl.int64), (pair % heads).to(tl.int64)
@@ -42,15 +42,15 @@ def prepare(
     d = tl.sum(grad.to(tl.float32) * y.to(tl.float32), 1)
     if DLSE:
         d -= tl.load(dlse + at, mask=inside, other=0.0).to(tl.float32)
-    total = tl.load(lse + at, mask=inside, other=-INF) * LOG2E
+    total = in_units(tl.load(lse + at, mask=inside, other=-INF), PRECISE)
     blind = total == -INF
     total = tl.where(blind, INF, total)
     d = tl.where(blind, 0.0, d)
-    tl.store(lse2 + at, total, mask=inside)
+    tl.store(shift + at, total, mask=inside)
     tl.store(delta + at, d, mask=inside)
     if SINKS:
-        sink = tl.load(sinks + head).to(tl.float32) * LOG2E
-        part = tl.sum(tl.exp2(sink - total) * d, 0)
+        sink = in_units(tl.load(sinks + head).to(tl.float32), PRECISE)
+        part = tl.sum(power(sink - total, PRECISE) * d, 0)
         tl.store(dsinks + program, -part)
 
 
@@ -77,7 +77,7 @@ def clear(x, lse, cu_seqlens, batches, head_stride, row_stride, length, D: tl.co
 
 @triton.jit
 def _walk_queries(
-    dk, dv, key, value, q, q_row, dout, grad_row, lse2, delta, row, origin, start, stop, j, seed, len_q, len_k,
+    dk, dv, key, value, q, q_row, dout, grad_row, shift, delta, row, origin, start, stop, j, seed, len_q, len_k,
     before, after, distance, mask, mask_m, mask_n, slope, documents, doc_j, threshold, keep_factor, factor, softcap,
     D: tl.constexpr, DV: tl.constexpr, M: tl.constexpr, WIDTH: tl.constexpr, WIDTH_V: tl.constexpr,
     EDGE: tl.constexpr, BOUND_M: tl.constexpr, BOUND_N: tl.constexpr, BEFORE: tl.constexpr, AFTER: tl.constexpr,
@@ -96,10 +96,10 @@ def _walk_queries(
         query = rows_at(q_at, q_row, len_q - m, D, M, WIDTH, CUT)
         x = tl.dot(key, tl.trans(query), input_precision=PRECISION)
         if CUT:
-            total = tl.load(lse2 + row + query_number, mask=query_number < len_q, other=INF)
+            total = tl.load(shift + row + query_number, mask=query_number < len_q, other=INF)
             d = tl.load(delta + row + query_number, mask=query_number < len_q, other=0.0)
         else:
-            total = tl.load(lse2 + row + query_number)
+            total = tl.load(shift + row + query_number)
             d = tl.load(delta + row + query_number)
         doc_i = doc_j
         if DOCUMENTS and EDGE:
@@ -108,16 +108,16 @@ def _walk_queries(
                           factor, softcap, EDGE, BEFORE, AFTER, False, CUT, BOUND_N, MASK, MASK_M, MASK_N, ALIBI,
                           DOCUMENTS, SOFTCAP, PRECISE, FOLD)  # fmt: skip
         if FOLD:
-            p = tl.exp2(x * factor - total[None, :])
+            p = power(x * factor - total[None, :], PRECISE)
         else:
-            p = tl.exp2(x - total[None, :])
+            p = power(x - total[None, :], PRECISE)
         if HIDES:  # a query whose lse is NaN does not reach a key it does not see
             p = tl.where(x == -INF, 0.0, p)
         grad = rows_at(grad_at, grad_row, len_q - m, DV, M, WIDTH_V, CUT)
         dp = tl.dot(value, tl.trans(grad), input_precision=PRECISION)
         dropped = p
         if DROPOUT:
-            low, high = row_hash(seed, (row + query_number)[None, :])
+            low, high = row_keys(tl.load(seed), (row + query_number)[None, :])
             keep = kept(low, high, j, threshold)
             dropped = tl.where(keep, p, 0.0)
             dp = tl.where(keep, dp * keep_factor, 0.0)
@@ -135,7 +135,7 @@ def _walk_queries(
 
 @triton.jit
 def backward_keys(
-    q, k, v, mask, seed, slopes, documents_q, documents_k, ranges, cu_q, cu_k, dout, lse2, delta, dk, dv,
+    q, k, v, mask, seed, slopes, documents_q, documents_k, ranges, cu_q, cu_k, dout, shift, delta, dk, dv,
     q_batch, q_head, q_row, k_batch, k_head, k_row, v_batch, v_head, v_row, mask_batch, mask_head, mask_m, mask_n,
     grad_batch, grad_head, grad_row, dk_batch, dk_head, dk_row, dv_batch, dv_head, dv_row, slope_batch,
     batches, kv_heads, group, len_q, len_k, tiles, span, left, right, factor, softcap, threshold, keep_factor, scale,
@@ -193,22 +193,22 @@ def backward_keys(
             mask_here += wide_batch * mask_batch + head * mask_head
         slope = 0.0
         if ALIBI:
-            slope = tl.load(slopes + wide_batch * slope_batch + head) * LOG2E
+            slope = in_units(tl.load(slopes + wide_batch * slope_batch + head), PRECISE)
         if AFTER or DOCUMENTS:
             sum_k, sum_v = _walk_queries(
-                sum_k, sum_v, key, value, q_here, q_row, grad_here, grad_row, lse2, delta, row, origin, lowest,
+                sum_k, sum_v, key, value, q_here, q_row, grad_here, grad_row, shift, delta, row, origin, lowest,
                 tl.minimum(middle, highest), j, seed, len_q, len_k, before, after, distance, mask_here, mask_m, mask_n,
                 slope, documents, doc_j, threshold, keep_factor, factor, softcap, D, DV, M, WIDTH, WIDTH_V, True,
                 BOUND_M, BOUND_N, BEFORE, AFTER, MASK, MASK_M, MASK_N, ALIBI, DOCUMENTS, SOFTCAP, DROPOUT, FOLD,
                 PRECISE, PRECISION)  # fmt: skip
         sum_k, sum_v = _walk_queries(
-            sum_k, sum_v, key, value, q_here, q_row, grad_here, grad_row, lse2, delta, row, origin, middle, end, j,
+            sum_k, sum_v, key, value, q_here, q_row, grad_here, grad_row, shift, delta, row, origin, middle, end, j,
             seed, len_q, len_k, before, after, distance, mask_here, mask_m, mask_n, slope, documents, doc_j, threshold,
             keep_factor, factor, softcap, D, DV, M, WIDTH, WIDTH_V, False, BOUND_M, BOUND_N, BEFORE, AFTER, MASK,
             MASK_M, MASK_N, ALIBI, DOCUMENTS, SOFTCAP, DROPOUT, FOLD, PRECISE, PRECISION)  # fmt: skip
         if BEFORE or DOCUMENTS or BOUND_M:
             sum_k, sum_v = _walk_queries(
-                sum_k, sum_v, key, value, q_here, q_row, grad_here, grad_row, lse2, delta, row, origin,
+                sum_k, sum_v, key, value, q_here, q_row, grad_here, grad_row, shift, delta, row, origin,
                 tl.maximum(middle, end), highest, j, seed, len_q, len_k, before, after, distance, mask_here, mask_m,
                 mask_n, slope, documents, doc_j, threshold, keep_factor, factor, softcap, D, DV, M, WIDTH, WIDTH_V,
                 True, BOUND_M, BOUND_N, BEFORE, AFTER, MASK, MASK_M, MASK_N, ALIBI, DOCUMENTS, SOFTCAP, DROPOUT, FOLD,
@@ -244,9 +244,9 @@ def _logit_gradient(
                       factor, softcap, EDGE, BEFORE, AFTER, CUT, BOUND_M, CUT, MASK, MASK_M, MASK_N, ALIBI, DOCUMENTS,
                       SOFTCAP, PRECISE, FOLD)  # fmt: skip
     if FOLD:
-        p = tl.exp2(x * factor - total[:, None])
+        p = power(x * factor - total[:, None], PRECISE)
     else:
-        p = tl.exp2(x - total[:, None])
+        p = power(x - total[:, None], PRECISE)
     if HIDES:
         p = tl.where(x == -INF, 0.0, p)
     value = rows_at(v, v_row, len_k - n, DV, N, WIDTH_V, CUT)
@@ -290,7 +290,7 @@ def _walk_keys(
 
 @triton.jit
 def backward_queries(
-    q, k, v, mask, seed, slopes, documents_q, documents_k, ranges, cu_q, cu_k, dout, lse2, delta, dq,
+    q, k, v, mask, seed, slopes, documents_q, documents_k, ranges, cu_q, cu_k, dout, shift, delta, dq,
     q_batch, q_head, q_row, k_batch, k_head, k_row, v_batch, v_head, v_row, mask_batch, mask_head, mask_m, mask_n,
     grad_batch, grad_head, grad_row, dq_batch, dq_head, dq_row, slope_batch,
     batches, heads, group, len_q, len_k, tiles, span, left, right, factor, softcap, threshold, keep_factor, scale,
@@ -332,7 +332,7 @@ def backward_queries(
         mask += wide_batch * mask_batch + wide_head * mask_head
     slope = 0.0
     if ALIBI:
-        slope = tl.load(slopes + wide_batch * slope_batch + head) * LOG2E
+        slope = in_units(tl.load(slopes + wide_batch * slope_batch + head), PRECISE)
     doc_i = i
     documents = documents_k
     if DOCUMENTS:
@@ -340,13 +340,13 @@ def backward_queries(
         documents += wide_batch * len_k
     low, high = i, i
     if DROPOUT:
-        low, high = row_hash(seed, (row + query_number)[:, None])
+        low, high = row_keys(tl.load(seed), (row + query_number)[:, None])
     lowest, middle, end, highest = seen_range(first, len_q, len_k, before, after, M, N, BEFORE, AFTER)
     if DOCUMENTS:
         lowest, middle, end, highest = narrowed(ranges, wide_batch * tiles + tile, lowest, middle, end, highest, N)
     query = rows_at(q, q_row, len_q - first, D, M, WIDTH, BOUND_M)
     grad = rows_at(dout, grad_row, len_q - first, DV, M, WIDTH_V, BOUND_M)
-    total = tl.load(lse2 + row + query_number, mask=query_number < len_q, other=INF)
+    total = tl.load(shift + row + query_number, mask=query_number < len_q, other=INF)
     d = tl.load(delta + row + query_number, mask=query_number < len_q, other=0.0)
     sums = tl.zeros((M, WIDTH), tl.float32)
     if BEFORE or DOCUMENTS:
@@ -382,7 +382,7 @@ def backward_queries(
 
 @triton.jit
 def backward_bias(
-    q, k, v, mask, seed, slopes, documents_q, documents_k, dout, lse2, delta, dbias,
+    q, k, v, mask, seed, slopes, documents_q, documents_k, dout, shift, delta, dbias,
     q_batch, q_head, q_row, k_batch, k_head, k_row, v_batch, v_head, v_row, mask_batch, mask_head, mask_m, mask_n,
     grad_batch, grad_head, grad_row, slope_batch, heads, group, len_q, len_k, tiles_m, tiles_n, kept_heads,
     summed_batches, summed_heads, left, right, factor, softcap, threshold, keep_factor,
@@ -439,11 +439,11 @@ def backward_bias(
                         True)  # fmt: skip
         grad = rows_at(dout + batch * grad_batch + head * grad_head + (origin + m) * grad_row, grad_row, len_q - m, DV,
                        M, WIDTH_V, True)  # fmt: skip
-        total = tl.load(lse2 + row + query_number, mask=inside, other=INF)
+        total = tl.load(shift + row + query_number, mask=inside, other=INF)
         d = tl.load(delta + row + query_number, mask=inside, other=0.0)
         slope = 0.0
         if ALIBI:
-            slope = tl.load(slopes + batch * slope_batch + head) * LOG2E
+            slope = in_units(tl.load(slopes + batch * slope_batch + head), PRECISE)
         doc_i = i
         documents = documents_k
         if DOCUMENTS:
@@ -451,7 +451,7 @@ def backward_bias(
             documents += batch * len_k
         low_hash, high_hash = i, i
         if DROPOUT:
-            low_hash, high_hash = row_hash(seed, (row + query_number)[:, None])
+            low_hash, high_hash = row_keys(tl.load(seed), (row + query_number)[:, None])
         ds, _ = _logit_gradient(
             query, grad, total, d, k + batch * k_batch + head // group * k_head + (origin + n) * k_row, k_row,
             v + batch * v_batch + head // group * v_head + (origin + n) * v_row, v_row, low_hash, high_hash, n, i,

@@ -1,6 +1,7 @@
-"""What the kernels of attention share: where a program stands, what it sees, a tile of logits, dropout.
+"""What the kernels of attention share: where a program stands, what it sees, a tile of logits.
 
-Logits are kept in units of log2: exp2 is the instruction there is. A tile may lie either way, queries by rows
+Logits are kept in units of log2: exp2 is the instruction there is. With PRECISE, for float32, they stay natural: the
+rounded factor scale * log2(e) and lse * log2(e) are as large an error there as all others. A tile may lie either way, queries by rows
 (forward, dQ) or keys by rows (dK, dV): whoever calls gives the numbers of queries and keys in the shape that
 broadcasts. Bounds come in three segments of whole tiles: a first one at the left edge of what is seen, the middle where
 everything is seen and no mask is computed, and the last one at the right edge.
@@ -65,6 +66,22 @@ def store_rows(base, stride, count, value, width: tl.constexpr, ROWS: tl.constex
         tl.store(at, value, mask=column < width)
     else:
         tl.store(at, value)
+
+
+@triton.jit
+def in_units(x, PRECISE: tl.constexpr):
+    """A natural logit in the units of the kernels."""
+    if PRECISE:
+        return x
+    return x * LOG2E
+
+
+@triton.jit
+def power(x, PRECISE: tl.constexpr):
+    """exp() of a difference of logits in these units."""
+    if PRECISE:
+        x = x * LOG2E
+    return tl.exp2(x)
 
 
 @triton.jit
@@ -170,9 +187,9 @@ def logits(
 ):  # fmt: skip
     """Logits from the products x = q k^T of queries i and keys j, -inf where not seen, and the slope of the softcap.
 
-    Query i sees keys i - before ... i + after. With FOLD the result still lacks the factor, scale * log2(e), which is
-    then positive: the exponent takes it in one multiply-add. With SOFTCAP the factor is scale / softcap and `softcap`
-    is in units of log2. EDGE: a tile of which not everything may be seen; HIDE_PAST: keys may end within it.
+    Query i sees keys i - before ... i + after. With FOLD the result still lacks the factor, the scale in these units,
+    which is then positive: the exponent takes it in one multiply-add. With SOFTCAP the factor is scale / softcap and
+    `softcap` is in these units. EDGE: a tile of which not everything may be seen; HIDE_PAST: keys may end within it.
     """
     steep = x
     if SOFTCAP:
@@ -199,7 +216,7 @@ def logits(
             x = tl.where(bias, x, -INF)
         else:
             bias = bias.to(tl.float32)
-            x = tl.where(bias == -INF, -INF, x + bias * LOG2E)
+            x = tl.where(bias == -INF, -INF, x + in_units(bias, PRECISE))
     if ALIBI:
         x = x - tl.abs(i + distance - j).to(tl.float32) * slope
     if EDGE:
@@ -212,27 +229,3 @@ def logits(
         if DOCUMENTS:
             x = tl.where(doc_i == doc_j, x, -INF)
     return x, steep
-
-
-# --- dropout ---------------------------------------------------------------------------------------------------------
-
-
-@triton.jit
-def row_hash(seed, row):
-    """The two halves of the hash of a row's number, as csrc/cpu/attention.h documents it."""
-    z = tl.load(seed).to(tl.uint64) + (row + 1).to(tl.uint64) * 0x9E3779B97F4A7C15
-    z = (z ^ (z >> 30)) * 0xBF58476D1CE4E5B9
-    z = (z ^ (z >> 27)) * 0x94D049BB133111EB
-    z = z ^ (z >> 31)
-    return z.to(tl.uint32), (z >> 32).to(tl.uint32)
-
-
-@triton.jit
-def kept(low, high, j, threshold):
-    """Whether a weight stays. `threshold` is that of the unsigned comparison less 2^31: an int32, whatever it is."""
-    u = low ^ (j.to(tl.uint32) * 0x9E3779B1)
-    u = (u ^ (u >> 16)) * 0x7FEB352D
-    u = (u ^ (u >> 15)) + high
-    u = u * 0x846CA68B
-    u = u ^ (u >> 16) ^ 0x80000000
-    return u.to(tl.int32, bitcast=True) >= threshold

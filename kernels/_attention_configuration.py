@@ -28,5 +28,5 @@ def configuration(
     if direction in OVERRIDES:
         return OVERRIDES[direction]
     if target is INTERPRETER:
-        return Config(32, 32, 4, 1)
+        return Config(64, 64, 4, 1)
     return Config(64, 64, 4, 2)

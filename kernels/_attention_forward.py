@@ -8,18 +8,27 @@ import triton.language as tl
 from fastlm.kernels._attention_common import (
     INF,
     LN2,
-    LOG2E,
     extent,
     finite,
-    kept,
+    in_units,
     logits,
     narrowed,
     place,
-    row_hash,
+    power,
     rows_at,
     seen_range,
     store_rows,
 )
+from fastlm.kernels._random import kept, row_keys
+
+
+@triton.jit
+def _start(sinks, head, M: tl.constexpr, SINKS: tl.constexpr, PRECISE: tl.constexpr):
+    """The largest logit and the sum of weights of no keys; a sink is a key without a value."""
+    if SINKS:
+        sink = in_units(tl.load(sinks + head).to(tl.float32), PRECISE)
+        return tl.zeros((M,), tl.float32) + sink, tl.full((M,), 1.0, tl.float32)
+    return tl.full((M,), -INF, tl.float32), tl.zeros((M,), tl.float32)
 
 
 @triton.jit
@@ -56,8 +65,8 @@ def _walk(
             base = tl.where(new_top == -INF, 0.0, new_top)
         if FOLD:
             x = x * factor
-        p = tl.exp2(x - base[:, None])
-        shrink = tl.exp2(top - base)
+        p = power(x - base[:, None], PRECISE)
+        shrink = power(top - base, PRECISE)
         weight = weight * shrink + tl.sum(p, 1)
         top = new_top
         if DROPOUT:
@@ -139,7 +148,7 @@ def forward(
         mask += wide_batch * mask_batch + wide_head * mask_head
     slope = 0.0
     if ALIBI:
-        slope = tl.load(slopes + wide_batch * slope_batch + head) * LOG2E
+        slope = in_units(tl.load(slopes + wide_batch * slope_batch + head), PRECISE)
     doc_i = i
     documents = documents_k
     if DOCUMENTS:
@@ -147,18 +156,14 @@ def forward(
         documents += wide_batch * len_k
     low, high = i, i
     if DROPOUT:
-        low, high = row_hash(seed, (row + query_number)[:, None])
+        low, high = row_keys(tl.load(seed), (row + query_number)[:, None])
 
     lowest, middle, end, highest = seen_range(first, len_q, len_k, before, after, M, N, BEFORE, AFTER)
     if DOCUMENTS:
         lowest, middle, end, highest = narrowed(ranges, wide_batch * tiles + tile, lowest, middle, end, highest, N)
     query = rows_at(q, q_row, len_q - first, D, M, WIDTH, BOUND_M)
     total = tl.zeros((M, WIDTH_V), tl.float32)
-    top = tl.full((M,), -INF, tl.float32)
-    weight = tl.zeros((M,), tl.float32)
-    if SINKS:  # a key without a value
-        top += tl.load(sinks + head).to(tl.float32) * LOG2E
-        weight += 1.0
+    top, weight = _start(sinks, head, M, SINKS, PRECISE)
     if BEFORE or DOCUMENTS:
         total, top, weight = _walk(
             total, top, weight, query, k, k_row, v, v_row, origin, lowest, tl.minimum(middle, highest), i, len_q,
@@ -185,11 +190,7 @@ def forward(
         spoiled = tl.sum(tl.sum((total != total).to(tl.int32), 1), 0)
         if spoiled > 0:
             total = tl.zeros((M, WIDTH_V), tl.float32)
-            top = tl.full((M,), -INF, tl.float32)
-            weight = tl.zeros((M,), tl.float32)
-            if SINKS:
-                top += tl.load(sinks + head).to(tl.float32) * LOG2E
-                weight += 1.0
+            top, weight = _start(sinks, head, M, SINKS, PRECISE)
             total, top, weight = _walk(
                 total, top, weight, query, k, k_row, v, v_row, origin, lowest, highest, i, len_q, len_k, before,
                 after, distance, mask, mask_m, mask_n, slope, doc_i, documents, low, high, threshold, factor,
@@ -197,7 +198,11 @@ def forward(
                 ALIBI, DOCUMENTS, SOFTCAP, DROPOUT, FOLD, PRECISE, PRECISION)  # fmt: skip
     shown = keep_factor / tl.where(weight == 0.0, 1.0, weight)
     store_rows(out, out_row, len_q - first, total * shown[:, None], DV, M, WIDTH_V, BOUND_M)
-    tl.store(lse + row + query_number, (top + tl.log2(weight)) * LN2, mask=query_number < len_q)
+    if PRECISE:
+        top += tl.log(weight)
+    else:
+        top = (top + tl.log2(weight)) * LN2
+    tl.store(lse + row + query_number, top, mask=query_number < len_q)
     if HIDES:
         if spoiled > 0:
             tl.debug_barrier()  # of the block: these stores come after those

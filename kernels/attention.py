@@ -10,6 +10,7 @@ from torch import Tensor
 from fastlm.kernels import _attention_backward, _attention_common, _attention_forward
 from fastlm.kernels._attention_configuration import Config, configuration
 from fastlm.kernels._launch import cdiv, empty, launch, next_power_of_2, target
+from fastlm.kernels._random import threshold
 
 LOG2E = 1.4426950408889634
 FAR = 1 << 30
@@ -113,6 +114,7 @@ def _problem(
     right = 0 if causal else window_right
     added = mask is not None and mask.dtype is not torch.bool
     fold = scale > 0 and softcap == 0 and slopes is None and not added
+    unit = 1.0 if exact else LOG2E
     options = {
         "D": d, "DV": dv, "WIDTH": max(16, next_power_of_2(d)), "WIDTH_V": max(16, next_power_of_2(dv)),
         "ALIGN_END": causal == 2, "BEFORE": window_left >= 0, "AFTER": right >= 0,
@@ -129,8 +131,8 @@ def _problem(
         (0, 0, 0, 0) if mask is None else mask.expand(b, h, s, t).stride(),
         slopes.stride(0) if slopes is not None and slopes.dim() == 2 else 0,
         min(max(window_left, 0), FAR), min(max(right, 0), FAR), scale,
-        scale / softcap if softcap > 0 else scale * LOG2E, softcap * LOG2E,
-        min(int(dropout * 2**32), 0xFFFFFFFF) - (1 << 31), 1 / (1 - dropout), options,
+        scale / softcap if softcap > 0 else scale * unit, softcap * unit,
+        threshold(dropout), 1 / (1 - dropout), options,
     )  # fmt: skip
 
 
@@ -216,13 +218,13 @@ def backward(
     dlse = None if dlse is None else dlse.contiguous()
     (b, h, s, d), (hk, t, dv) = q.shape, v.shape[1:]
     dq, dk, dvalue = _like(q, d), _like(k, d), _like(v, dv)
-    lse2, delta = empty((b, h, s), q, torch.float32), empty((b, h, s), q, torch.float32)
+    shift, delta = empty((b, h, s), q, torch.float32), empty((b, h, s), q, torch.float32)
     rows = 32
     parts = empty((b, h, cdiv(s, rows)) if sinks is not None else (0,), q, torch.float32)
     launch(
-        _attention_backward.prepare, (cdiv(s, rows) * b * h,), dout, out, lse, dlse, sinks, lse2, delta, parts,
+        _attention_backward.prepare, (cdiv(s, rows) * b * h,), dout, out, lse, dlse, sinks, shift, delta, parts,
         *dout.stride()[:3], *out.stride()[:3], h, s, cdiv(s, rows), DV=dv, M=rows, WIDTH_V=next_power_of_2(dv),
-        DLSE=dlse is not None, SINKS=sinks is not None,
+        DLSE=dlse is not None, SINKS=sinks is not None, PRECISE=q.dtype is torch.float32,
     )  # fmt: skip
     dsinks = parts.sum((0, 2)) if sinks is not None else parts
     inputs = (p.q, p.k, p.v, mask, seed, alibi_slopes, documents_q, documents_k)
@@ -235,7 +237,7 @@ def backward(
     tiles = cdiv(p.longest_k, config.n)
     launch(
         _attention_backward.backward_keys, (tiles * p.batches * hk,),
-        *inputs, p.ranges(config.n, config.m, True), cu_seqlens_q, cu_seqlens_k, dout, lse2, delta, dk, dvalue,
+        *inputs, p.ranges(config.n, config.m, True), cu_seqlens_q, cu_seqlens_k, dout, shift, delta, dk, dvalue,
         *input_strides, *dk.stride()[:3], *dvalue.stride()[:3], p.slope_batch, p.batches, hk, h // hk, s, t, tiles,
         p.span(p.longest_q * (h // hk), hk), *numbers, scale, **p.options, **p.bounds(config),
         num_warps=config.warps, num_stages=config.stages,
@@ -246,15 +248,15 @@ def backward(
     tiles = cdiv(p.longest_q, config.m)
     launch(
         _attention_backward.backward_queries, (tiles * p.batches * h,),
-        *inputs, p.ranges(config.m, config.n, False), cu_seqlens_q, cu_seqlens_k, dout, lse2, delta, dq,
+        *inputs, p.ranges(config.m, config.n, False), cu_seqlens_q, cu_seqlens_k, dout, shift, delta, dq,
         *input_strides, *dq.stride()[:3], p.slope_batch, p.batches, h, h // hk, s, t, tiles, p.span(p.longest_k, h),
         *numbers, scale, **p.options, **p.bounds(config), num_warps=config.warps, num_stages=config.stages,
     )  # fmt: skip
-    dbias = _bias(p, dout, lse2, delta) if needs_bias else empty((0,), q, torch.float32)
+    dbias = _bias(p, dout, shift, delta) if needs_bias else empty((0,), q, torch.float32)
     return dq, dk, dvalue, dbias, dsinks
 
 
-def _bias(p: _Problem, dout: Tensor, lse2: Tensor, delta: Tensor) -> Tensor:
+def _bias(p: _Problem, dout: Tensor, shift: Tensor, delta: Tensor) -> Tensor:
     """The gradient of the logits summed to the shape of the mask.
 
     Where the mask has queries and keys, each program sums its tile over the batch and the heads that the mask has not;
@@ -272,7 +274,7 @@ def _bias(p: _Problem, dout: Tensor, lse2: Tensor, delta: Tensor) -> Tensor:
     options = {name: value for name, value in p.options.items() if name not in ("VARLEN", "FOLD")}
     launch(
         _attention_backward.backward_bias, (outer * (tiles_m if rows else 1) * (tiles_n if keys else 1),),
-        p.q, p.k, p.v, p.mask, p.seed, p.slopes, p.documents_q, p.documents_k, dout, lse2, delta, dbias,
+        p.q, p.k, p.v, p.mask, p.seed, p.slopes, p.documents_q, p.documents_k, dout, shift, delta, dbias,
         *p.q.stride()[:3], *p.k.stride()[:3], *p.v.stride()[:3], *p.mask_strides, *dout.stride()[:3], p.slope_batch,
         h, h // hk, s, t, tiles_m, tiles_n, kept_heads, b // mb if both else 1, h // mh if both else 1, p.left, p.right,
         p.factor, p.softcap, p.threshold, p.keep_factor, **options, M=config.m, N=config.n, ROWS=rows, KEYS=keys,
