@@ -13,6 +13,8 @@ import triton
 import triton.language as tl
 
 LOG2E = tl.constexpr(1.4426950408889634)
+LOG2E_REST = tl.constexpr(1.925963033500608e-08)
+"""log2(e) less its value in float32."""
 LN2 = tl.constexpr(0.6931471805599453)
 INF = tl.constexpr(float("inf"))
 
@@ -79,8 +81,8 @@ def in_units(x, PRECISE: tl.constexpr):
 @triton.jit
 def power(x, PRECISE: tl.constexpr):
     """exp() of a difference of logits in these units."""
-    if PRECISE:
-        x = x * LOG2E
+    if PRECISE:  # log2(e) in two parts: all weights would else be off to one side by 1.3e-8 times the exponent
+        x = x * LOG2E + x * LOG2E_REST
     return tl.exp2(x)
 
 
