@@ -27,7 +27,7 @@ def prepare(
     heads, len_q, tiles, DV: tl.constexpr, M: tl.constexpr, WIDTH_V: tl.constexpr, DLSE: tl.constexpr,
     SINKS: tl.constexpr, PRECISE: tl.constexpr,
 ):  # fmt: skip
-    """delta = rowsum(dout * out) - dlse; lse in the units of logits, +inf for a row that sees nothing: its weights are 0."""
+    """delta = rowsum(dout * out) - dlse; lse in units of logits, +inf where a row sees nothing: its weights are 0."""
     program = tl.program_id(0)
     tile, pair = program % tiles, program // tiles
     batch, head = (pair // heads).to(tl.int64), (pair % heads).to(tl.int64)
@@ -97,10 +97,8 @@ def _walk_queries(
         x = tl.dot(key, tl.trans(query), input_precision=PRECISION)
         if CUT:
             total = tl.load(shift + row + query_number, mask=query_number < len_q, other=INF)
-            d = tl.load(delta + row + query_number, mask=query_number < len_q, other=0.0)
         else:
             total = tl.load(shift + row + query_number)
-            d = tl.load(delta + row + query_number)
         doc_i = doc_j
         if DOCUMENTS and EDGE:
             doc_i = tl.load(documents + query_number, mask=query_number < len_q, other=0)[None, :]
@@ -111,8 +109,6 @@ def _walk_queries(
             p = power(x * factor - total[None, :], PRECISE)
         else:
             p = power(x - total[None, :], PRECISE)
-        if HIDES:  # a query whose lse is NaN does not reach a key it does not see
-            p = tl.where(x == -INF, 0.0, p)
         grad = rows_at(grad_at, grad_row, len_q - m, DV, M, WIDTH_V, CUT)
         dp = tl.dot(value, tl.trans(grad), input_precision=PRECISION)
         dropped = p
@@ -122,6 +118,10 @@ def _walk_queries(
             dropped = tl.where(keep, p, 0.0)
             dp = tl.where(keep, dp * keep_factor, 0.0)
         dv = tl.dot(dropped.to(grad.dtype), grad, dv, input_precision=PRECISION)
+        if CUT:
+            d = tl.load(delta + row + query_number, mask=query_number < len_q, other=0.0)
+        else:
+            d = tl.load(delta + row + query_number)
         ds = p * (dp - d[None, :])
         if SOFTCAP:
             ds *= steep
@@ -164,8 +164,6 @@ def backward_keys(
     wide_batch = origin + batch
     k += wide_batch * k_batch + (origin + kv_head) * k_head + (origin + start_k + first) * k_row
     v += wide_batch * v_batch + (origin + kv_head) * v_head + (origin + start_k + first) * v_row
-    dk += wide_batch * dk_batch + (origin + kv_head) * dk_head + (origin + start_k + first) * dk_row
-    dv += wide_batch * dv_batch + (origin + kv_head) * dv_head + (origin + start_k + first) * dv_row
     q += wide_batch * q_batch + (origin + start_q) * q_row
     dout += wide_batch * grad_batch + (origin + start_q) * grad_row
     key_number = first + tl.arange(0, N)
@@ -179,6 +177,7 @@ def backward_keys(
     lowest, middle, end, highest = seen_range(first, len_k, len_q, after, before, N, M, AFTER, BEFORE)
     if DOCUMENTS:
         lowest, middle, end, highest = narrowed(ranges, wide_batch * tiles + tile, lowest, middle, end, highest, M)
+    HALF: tl.constexpr = M // 2 if M > 32 else M  # masks take registers: tiles that have some are smaller
     key = rows_at(k, k_row, len_k - first, D, N, WIDTH, BOUND_N)
     value = rows_at(v, v_row, len_k - first, DV, N, WIDTH_V, BOUND_N)
     sum_k = tl.zeros((N, WIDTH), tl.float32)
@@ -198,7 +197,7 @@ def backward_keys(
             sum_k, sum_v = _walk_queries(
                 sum_k, sum_v, key, value, q_here, q_row, grad_here, grad_row, shift, delta, row, origin, lowest,
                 tl.minimum(middle, highest), j, seed, len_q, len_k, before, after, distance, mask_here, mask_m, mask_n,
-                slope, documents, doc_j, threshold, keep_factor, factor, softcap, D, DV, M, WIDTH, WIDTH_V, True,
+                slope, documents, doc_j, threshold, keep_factor, factor, softcap, D, DV, HALF, WIDTH, WIDTH_V, True,
                 BOUND_M, BOUND_N, BEFORE, AFTER, MASK, MASK_M, MASK_N, ALIBI, DOCUMENTS, SOFTCAP, DROPOUT, FOLD,
                 PRECISE, PRECISION)  # fmt: skip
         sum_k, sum_v = _walk_queries(
@@ -210,9 +209,12 @@ def backward_keys(
             sum_k, sum_v = _walk_queries(
                 sum_k, sum_v, key, value, q_here, q_row, grad_here, grad_row, shift, delta, row, origin,
                 tl.maximum(middle, end), highest, j, seed, len_q, len_k, before, after, distance, mask_here, mask_m,
-                mask_n, slope, documents, doc_j, threshold, keep_factor, factor, softcap, D, DV, M, WIDTH, WIDTH_V,
+                mask_n, slope, documents, doc_j, threshold, keep_factor, factor, softcap, D, DV, HALF, WIDTH, WIDTH_V,
                 True, BOUND_M, BOUND_N, BEFORE, AFTER, MASK, MASK_M, MASK_N, ALIBI, DOCUMENTS, SOFTCAP, DROPOUT, FOLD,
                 PRECISE, PRECISION)  # fmt: skip
+    # Where to is computed here, so that it holds no registers above.
+    dk += wide_batch * dk_batch + (origin + kv_head) * dk_head + (origin + start_k + first) * dk_row
+    dv += wide_batch * dv_batch + (origin + kv_head) * dv_head + (origin + start_k + first) * dv_row
     store_rows(dk, dk_row, len_k - first, sum_k * scale, D, N, WIDTH, BOUND_N)
     store_rows(dv, dv_row, len_k - first, sum_v * keep_factor, DV, N, WIDTH_V, BOUND_N)
 
@@ -247,8 +249,6 @@ def _logit_gradient(
         p = power(x * factor - total[:, None], PRECISE)
     else:
         p = power(x - total[:, None], PRECISE)
-    if HIDES:
-        p = tl.where(x == -INF, 0.0, p)
     value = rows_at(v, v_row, len_k - n, DV, N, WIDTH_V, CUT)
     dp = tl.dot(grad, tl.trans(value), input_precision=PRECISION)
     if DROPOUT:
@@ -366,7 +366,7 @@ def backward_queries(
             len_q, len_k, before, after, distance, mask, mask_m, mask_n, slope, documents, doc_i, threshold,
             keep_factor, factor, softcap, D, DV, N, WIDTH, WIDTH_V, True, False, BOUND_M, BOUND_N, BEFORE, AFTER, MASK,
             MASK_M, MASK_N, ALIBI, DOCUMENTS, SOFTCAP, DROPOUT, FOLD, PRECISE, PRECISION)  # fmt: skip
-    if BEFORE or AFTER or DOCUMENTS or MASK > 0:  # as forward: a key that is not finite times 0
+    if BEFORE or AFTER or DOCUMENTS or MASK > 0:  # noqa: SIM102  as forward: a key that is not finite times 0
         if tl.sum(tl.sum((sums != sums).to(tl.int32), 1), 0) > 0:
             sums = _walk_keys(
                 tl.zeros((M, WIDTH), tl.float32), query, grad, total, d, k, k_row, v, v_row, low, high, origin, lowest,

@@ -1,10 +1,10 @@
 """What the kernels of attention share: where a program stands, what it sees, a tile of logits.
 
 Logits are kept in units of log2: exp2 is the instruction there is. With PRECISE, for float32, they stay natural: the
-rounded factor scale * log2(e) and lse * log2(e) are as large an error there as all others. A tile may lie either way, queries by rows
-(forward, dQ) or keys by rows (dK, dV): whoever calls gives the numbers of queries and keys in the shape that
-broadcasts. Bounds come in three segments of whole tiles: a first one at the left edge of what is seen, the middle where
-everything is seen and no mask is computed, and the last one at the right edge.
+rounding of scale * log2(e) and of lse * log2(e) is as large an error there as all others. A tile may lie either way,
+queries by rows (forward, dQ) or keys by rows (dK, dV): whoever calls gives the numbers of queries and keys in the shape
+that broadcasts. What is walked over comes in three segments of whole tiles: one at the left edge of what is seen, the
+middle where everything is seen and no mask is computed, and one at the right edge.
 """
 
 from __future__ import annotations
@@ -13,8 +13,8 @@ import triton
 import triton.language as tl
 
 LOG2E = tl.constexpr(1.4426950408889634)
-LOG2E_REST = tl.constexpr(1.925963033500608e-08)
-"""log2(e) less its value in float32."""
+LN2_HIGH, LN2_LOW = tl.constexpr(0.693359375), tl.constexpr(-2.1219444005469057e-4)
+"""ln 2 in two parts, the first exact in float32 and times an integer still exact."""
 LN2 = tl.constexpr(0.6931471805599453)
 INF = tl.constexpr(float("inf"))
 
@@ -81,8 +81,10 @@ def in_units(x, PRECISE: tl.constexpr):
 @triton.jit
 def power(x, PRECISE: tl.constexpr):
     """exp() of a difference of logits in these units."""
-    if PRECISE:  # log2(e) in two parts: all weights would else be off to one side by 1.3e-8 times the exponent
-        x = x * LOG2E + x * LOG2E_REST
+    if PRECISE:  # x * log2(e) alone would have all weights off to one side: by the constant's rounding, times x
+        x = tl.where(x < -200.0, -200.0, x)
+        n = tl.floor(x * LOG2E + 0.5)
+        return tl.exp2((x - n * LN2_HIGH - n * LN2_LOW) * LOG2E) * tl.exp2(n)
     return tl.exp2(x)
 
 

@@ -203,7 +203,7 @@ def forward(
     else:
         top = (top + tl.log2(weight)) * LN2
     tl.store(lse + row + query_number, top, mask=query_number < len_q)
-    if HIDES:
+    if HIDES:  # noqa: SIM102
         if spoiled > 0:
             tl.debug_barrier()  # of the block: these stores come after those
             bad = _spoiled(

@@ -1,4 +1,26 @@
-"""attention in Triton."""
+"""attention in Triton.
+
+Forward: a program holds M queries of one head and walks over the keys they see by tiles of N: logits, the running
+maximum and sum of the online softmax, weights times values. Backward recomputes the weights from lse: delta =
+rowsum(dout * out) first, then a kernel that holds N keys and walks over queries and the query heads that share them
+(dK, dV), and one that holds M queries and walks over keys (dQ). Seven products of tiles where five would do, but no
+atomics: the same bits every time. Dao et al. 2022, arXiv:2205.14135; Dao 2023, arXiv:2307.08691.
+
+Bytes: forward reads q once and k, v once a tile of queries (from the second-level cache: programs of one head run
+together), writes out and lse. Logits, weights and masks never leave the registers; weights are there the left operand
+of the next product. Backward's scratch is two float32 a query, and B * H * S (or T) where a bias is summed over keys
+(or queries).
+
+Which tiles: causal, window, ends of sequences and documents bound a walk, and split it where the masks are: tiles of
+which everything is seen know no mask. Documents are bounded by a small kernel that compares the ids of tiles; where
+they are not sorted, tiles without a common id are walked over too, and masked. What sees most is started first.
+
+Values that no query may see, but which are NaN, would spoil 0 * NaN. A tile of queries whose result has a NaN, and that
+may have hidden a value, is computed once more without such values, and they are put back where they are seen: this
+costs those tiles twice their time and all others one test. Keys in dQ alike.
+
+Tried and lost, on the evidence of registers alone: see _attention_configuration.py. Not tried: tensor descriptors.
+"""
 
 from __future__ import annotations
 
@@ -67,8 +89,7 @@ class _Problem(NamedTuple):
 
     def configuration(self, direction: str) -> Config:
         width = max(self.options["WIDTH"], self.options["WIDTH_V"])
-        plain = not (self.mask is not None or self.options["SOFTCAP"] or self.options["DROPOUT"])
-        return configuration(target(self.q), direction, width, self.q.dtype, self.options["PRECISION"], plain)
+        return configuration(target(self.q), direction, width, self.q.dtype)
 
     def bounds(self, config: Config) -> dict[str, Any]:
         """The constants that do: tiles, and whether lengths end within one."""
@@ -123,7 +144,7 @@ def _problem(
         "MASK_N": mask is not None and mask.shape[3] > 1 and mask.stride(3) != 0,
         "ALIBI": slopes is not None, "DOCUMENTS": documents_q is not None, "SOFTCAP": softcap > 0,
         "DROPOUT": dropout > 0, "VARLEN": cu_q is not None, "FOLD": fold, "PRECISE": exact,
-        "PRECISION": "ieee" if full else "tf32",
+        "PRECISION": "tf32x3" if full else "tf32",
     }  # fmt: skip
     return _Problem(
         q, k, v, mask, seed, slopes, documents_q, documents_k, cu_q, cu_k,
@@ -265,7 +286,7 @@ def _bias(p: _Problem, dout: Tensor, shift: Tensor, delta: Tensor) -> Tensor:
     assert p.mask is not None
     (b, h, s, _), (hk, t) = p.q.shape, p.k.shape[1:3]
     (mb, mh, ms, mt), config = p.mask.shape, p.configuration("bias")
-    keys = mt == t and (t > 1 or ms == s)
+    keys = mt == t and (t != 1 or ms == s)
     rows = ms == s or not keys
     both = rows and keys
     kept_heads, tiles_m, tiles_n = mh if both else h, cdiv(s, config.m), cdiv(t, config.n)

@@ -16,7 +16,7 @@ import fastlm
 from fastlm import ops
 from fastlm.ops.attention import OP
 from fastlm.reference.attention import kept
-from tests.ops.harness import BACKWARD, FORWARD, assert_accurate, assert_all_accurate, differentiate, on, refuses
+from tests.ops.harness import BACKWARD, FORWARD, assert_accurate, differentiate, on, refuses
 
 INF, SEED = float("inf"), 5
 
@@ -211,7 +211,10 @@ class Expected(NamedTuple):
         grads = [g.to(out.dtype) if name == "dsinks" else g for name, g in zip(names, grads, strict=True)]
         assert_accurate("out", out, self.oracle[0], self.out, FORWARD, independent=independent)
         assert_accurate("lse", lse, self.oracle[1], self.lse, FORWARD, independent=independent)
-        assert_all_accurate(names, grads, self.oracle_grads, self.grads, BACKWARD, independent=independent)
+        for name, grad, oracle, eager in zip(names, grads, self.oracle_grads, self.grads, strict=True):
+            # The gradient of a sink is float32, but of rows of `out` that were rounded to its dtype.
+            ulps = torch.finfo(out.dtype).eps / torch.finfo(torch.float32).eps if name == "dsinks" else 0
+            assert_accurate(name, grad, oracle, eager, BACKWARD, ulps=4 + ulps, independent=independent)
 
 
 def expect(problem: Problem) -> Expected:
