@@ -409,7 +409,7 @@ def backward_bias(
     before, after = left - distance, right + distance
     first_m, first_n = tile_m * M, tile_n * N
     if ROWS:
-        low, _, _, high = seen_range(first_m, len_q, len_k, before, after, M, N, BEFORE, AFTER)
+        low, _middle, _end, high = seen_range(first_m, len_q, len_k, before, after, M, N, BEFORE, AFTER)
         steps = (high - low + N - 1) // N
         if KEYS:
             steps = summed_batches * summed_heads
@@ -418,7 +418,7 @@ def backward_bias(
         else:
             first_n = low
     else:
-        low, _, _, high = seen_range(first_n, len_k, len_q, after, before, N, M, AFTER, BEFORE)
+        low, _middle, _end, high = seen_range(first_n, len_k, len_q, after, before, N, M, AFTER, BEFORE)
         steps = (high - low + M - 1) // M
         first_m = low
     sums = tl.zeros((M, N), tl.float32)
@@ -452,7 +452,7 @@ def backward_bias(
         low_hash, high_hash = i, i
         if DROPOUT:
             low_hash, high_hash = row_keys(tl.load(seed), (row + query_number)[:, None])
-        ds, _ = _logit_gradient(
+        ds, _tile = _logit_gradient(
             query, grad, total, d, k + batch * k_batch + head // group * k_head + (origin + n) * k_row, k_row,
             v + batch * v_batch + head // group * v_head + (origin + n) * v_row, v_row, low_hash, high_hash, n, i,
             len_q, len_k, before, after, distance, mask + batch * mask_batch + head * mask_head, mask_m, mask_n, slope,

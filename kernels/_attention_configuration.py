@@ -1,17 +1,18 @@
 """Tiles, warps and stages of attention's kernels: by chip, direction and head dim.
 
-What the tables are chosen by is the compiler's output alone (Triton 3.9.0, ahead of time); no GPU has run them. D = 128,
-causal, bfloat16 on sm_90, registers a thread and spilling instructions:
+The tables were chosen by what the compiler makes of them alone (Triton 3.9.0, ahead of time); no GPU has run them.
+D = 128, causal, bfloat16 on sm_90, registers a thread and spilling instructions:
 
-    forward  128 x 128, 8 warps, 2 stages   255, 92: before and behind the loops, for the path of values that are not
-             finite, none within those that run (without masks: 240, 0); 128 x 64, 8 warps, 3 stages 245, 0;
-             64 x 128, 4 warps 255, 368; 3 stages of 128 x 128 take 224 KB and spill more
+    forward  128 x 128, 8 warps, 2 stages   255, 92: around the loops, for the path of values that are not finite, none
+             within those that run (without masks: 240, 0); 64 x 128, 4 warps 255, 368; 3 stages take 224 KB and spill
     keys     64 x 128, 8 warps, 2 stages    255, 0 with the tiles on the diagonal of half the size (62 without);
              64 x 64, 4 warps 163; 128 x 64, 8 warps 329
     queries  128 x 64, 8 warps, 2 stages    235, 0; 128 x 128, 8 warps 210; 64 x 64, 4 warps 10
 
-D = 64: forward with 4 warps and 128 x 64, so that two blocks share a multiprocessor and one computes exponentials while
-the other multiplies (255, 13, none within a loop that runs); 128 x 128 with 4 warps spills 494, keys of 128 x 128 51.
+Options beside causal take registers too: with 128 x 128 documents spill 841 in forward, windows with softcap 400, within
+the loops as well; with 128 x 64 they have 90 around the loops and none. D = 64: forward with 4 warps and 128 x 64, so
+that two blocks share a multiprocessor and one computes exponentials while the other multiplies (255, 13, none within a
+loop that runs); 128 x 128 with 4 warps spills 494, keys of 128 x 128 51.
 float32 products take three of tf32 (below); with "ieee", which no tensor core has, every tile spilled 1000 to 15000.
 """
 
@@ -44,6 +45,11 @@ _HOPPER: _Table = {
     "keys": {64: Config(64, 128, 8, 2), 128: Config(64, 128, 8, 2), 256: Config(32, 32, 8, 2)},
     "queries": {64: Config(128, 64, 8, 3), 128: Config(128, 64, 8, 2), 256: Config(128, 32, 8, 2)},
 }
+_HOPPER_OPTIONS: _Table = {
+    "forward": {64: Config(64, 64, 4, 2), 128: Config(128, 64, 8, 2), 256: Config(128, 32, 8, 1)},
+    "keys": {64: Config(64, 64, 4, 2), 128: Config(32, 128, 8, 2), 256: Config(32, 32, 8, 2)},
+    "queries": {64: Config(128, 64, 8, 3), 128: Config(128, 32, 8, 2), 256: Config(64, 32, 8, 1)},
+}
 _BLACKWELL: _Table = {
     "forward": {64: Config(128, 64, 8, 2), 128: Config(128, 64, 8, 2), 256: Config(64, 32, 8, 2)},
     "keys": {64: Config(64, 128, 8, 2), 128: Config(64, 128, 8, 2), 256: Config(32, 32, 8, 2)},
@@ -61,11 +67,12 @@ _FLOAT32: _Table = {
 }
 
 
-def configuration(target: Target, direction: str, width: int, dtype: torch.dtype) -> Config:
+def configuration(target: Target, direction: str, width: int, dtype: torch.dtype, plain: bool) -> Config:
     """For "forward", "keys" (dK and dV), "queries" (dQ) and "bias", which takes the tiles of dQ.
 
     Args:
         width: the larger of the two head dims, padded to a power of two.
+        plain: no option but causal.
     """
     if direction in OVERRIDES:
         return OVERRIDES[direction]
@@ -74,7 +81,7 @@ def configuration(target: Target, direction: str, width: int, dtype: torch.dtype
     if dtype is torch.float32:
         table = _FLOAT32
     elif target.arch == 90:
-        table = _HOPPER
+        table = _HOPPER if plain else _HOPPER_OPTIONS
     elif target.arch in (100, 103):
         table = _BLACKWELL
     else:

@@ -89,7 +89,9 @@ class _Problem(NamedTuple):
 
     def configuration(self, direction: str) -> Config:
         width = max(self.options["WIDTH"], self.options["WIDTH_V"])
-        return configuration(target(self.q), direction, width, self.q.dtype)
+        used = ("MASK", "BEFORE", "ALIBI", "DOCUMENTS", "SOFTCAP", "DROPOUT", "VARLEN")
+        plain = not any(self.options[name] for name in used)
+        return configuration(target(self.q), direction, width, self.q.dtype, plain)
 
     def bounds(self, config: Config) -> dict[str, Any]:
         """The constants that do: tiles, and whether lengths end within one."""
