@@ -428,3 +428,10 @@ def test_tuning_leaves_out_what_spills_and_finds_the_fastest(record: Record, mon
     slow = Case("a", "s", torch.float32, lambda: [torch.ones(2, requires_grad=True)] * 3, {"fastlm": attend})
     found = tune.sweep(slow, "forward", Clock(), time.time() + 60, True)
     assert found["best"] == str(tuple(small)) and found["gain"] > 2 and slow.runner is forward_backward
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_without_a_gpu_it_says_so(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "bench.gpu", "--out", str(tmp_path)]
+    run = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert run.returncode == 2 and "PyTorch sees no GPU" in run.stderr

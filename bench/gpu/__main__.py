@@ -25,6 +25,8 @@ import sys
 import time
 from pathlib import Path
 
+import torch
+
 from bench.gpu import checks, tables
 from bench.gpu.record import ROOT, Record
 
@@ -90,6 +92,8 @@ def main() -> int:
     )
     parser.add_argument("--small", action="store_true", help="tiny sizes, for a dry run")
     options = parser.parse_args()
+    if options.device == "cuda" and not torch.cuda.is_available():
+        parser.error("PyTorch sees no GPU; --device cpu --small is a dry run")
     chosen = options.stage or ["all"]
     stages = [stage for stage in [*STAGES, "tune"] if stage in chosen or ("all" in chosen and stage != "tune")]
     measuring = [stage for stage in stages if stage in ("ops", "attention", "train")]

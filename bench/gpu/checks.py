@@ -36,7 +36,7 @@ def build(record: Record, device: str) -> None:
     code = f"import json; from bench.gpu.record import about; print(json.dumps(about({device!r})))"
     run = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
     if run.returncode:
-        record.note("failed", "build", "versions", run.stderr[-TAIL:])
+        record.note("failed", "build", "versions", run.stderr.strip().splitlines()[-1])
     else:
         record.set("about", json.loads(run.stdout.splitlines()[-1]) | {"extension": done})
     print(f"build: extension {done.splitlines()[0]}; {record.data['about'] or about('cpu')}", flush=True)
