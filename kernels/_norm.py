@@ -20,8 +20,9 @@ memory and sums), and the two stages ahead of the backward's loop 64 KB. Not mea
 Tried and lost, by what the compiler makes of it for sm_90: parameters loaded first (4096 bfloat16: 96 registers, 71
 when loaded after the sums: 7 programs a multiprocessor, not 5); a row of 32768 forward (59 spills) and of 16384
 backward (87 spills with both sums, 15 with one; none only with x, dy and the weight in shared memory, which the pair of
-kernels does not need); the two sums one after the other (2 barriers a tile and up to 23 registers more than joined);
-N as an argument (loads of 4 bytes for widths like 1000, registers for columns that do not exist).
+kernels does not need); the backward's two sums one after the other (2 barriers a tile and up to 23 registers more than
+joined), but the forward's joined (20 spills on sm_100); N as an argument (loads of 4 bytes for widths like 1000,
+registers for columns that do not exist).
 """
 
 from __future__ import annotations
@@ -118,9 +119,8 @@ def _forward(
         value = value - mu[:, None]
         if N < BLOCK:
             value = tl.where((column < N)[None, :], value, 0.0)
-        shift, square = _two_sums(value, value * value)
-        shift = shift / N
-        r = _rstd(tl.maximum(square / N - shift * shift, 0.0), eps)
+        shift = tl.sum(value, 1) / N
+        r = _rstd(tl.maximum(tl.sum(value * value, 1) / N - shift * shift, 0.0), eps)
         tl.store(mean + row, mu + shift, mask=row < M)
         value = value * r[:, None] - (shift * r)[:, None]
     else:

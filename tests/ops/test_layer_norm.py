@@ -60,8 +60,9 @@ def test_matches_float64(backend: str, dtype: torch.dtype, shape: tuple[int, ...
 @each_backend
 @pytest.mark.parametrize("parameters", ["neither", "weight", "bias"])
 def test_optional_parameters(backend: str, parameters: str) -> None:
-    x, weight, bias = inputs((9, 100), torch.float32)
-    compare(x, weight if parameters == "weight" else None, bias if parameters == "bias" else None, backend)
+    for shape, dtype in (((9, 100), torch.float32), ((2, 8200), torch.bfloat16)):
+        x, weight, bias = inputs(shape, dtype)
+        compare(x, weight if parameters == "weight" else None, bias if parameters == "bias" else None, backend)
 
 
 @each_backend
