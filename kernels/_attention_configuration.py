@@ -9,7 +9,7 @@ D = 128, causal, bfloat16 on sm_90, registers a thread and spilling instructions
              64 x 64, 4 warps 163; 128 x 64, 8 warps 329
     queries  128 x 64, 8 warps, 2 stages    235, 0; 128 x 128, 8 warps 210; 64 x 64, 4 warps 10
 
-Options beside causal take registers too: with 128 x 128 documents spill 841 in forward, windows with softcap 400, within
+Options beside causal take registers too: with 128 x 128 documents spill 841 in forward, windows with softcap 400, in
 the loops as well; with 128 x 64 they have 90 around the loops and none. D = 64: forward with 4 warps and 128 x 64, so
 that two blocks share a multiprocessor and one computes exponentials while the other multiplies (255, 13, none within a
 loop that runs); 128 x 128 with 4 warps spills 494, keys of 128 x 128 51.
@@ -47,7 +47,7 @@ _HOPPER: _Table = {
 }
 _HOPPER_OPTIONS: _Table = {
     "forward": {64: Config(64, 64, 4, 2), 128: Config(128, 64, 8, 2), 256: Config(128, 32, 8, 1)},
-    "keys": {64: Config(64, 64, 4, 2), 128: Config(32, 128, 8, 2), 256: Config(32, 32, 8, 2)},
+    "keys": {64: Config(64, 128, 8, 2), 128: Config(32, 128, 8, 2), 256: Config(32, 32, 8, 2)},
     "queries": {64: Config(128, 64, 8, 3), 128: Config(128, 32, 8, 2), 256: Config(64, 32, 8, 1)},
 }
 _BLACKWELL: _Table = {
@@ -64,11 +64,13 @@ _FLOAT32: _Table = {
     "forward": {64: Config(64, 32, 8, 1), 128: Config(32, 32, 8, 1), 256: Config(16, 16, 8, 1)},
     "keys": {64: Config(32, 32, 8, 1), 128: Config(32, 32, 8, 1), 256: Config(16, 16, 8, 1)},
     "queries": {64: Config(32, 32, 8, 1), 128: Config(32, 32, 8, 1), 256: Config(16, 16, 8, 1)},
+    "bias": {64: Config(32, 32, 8, 1), 128: Config(32, 32, 8, 1), 256: Config(16, 16, 8, 1)},
 }
+_BIAS = {64: Config(64, 64, 8, 1), 128: Config(64, 64, 8, 1), 256: Config(32, 32, 8, 1)}
 
 
 def configuration(target: Target, direction: str, width: int, dtype: torch.dtype, plain: bool) -> Config:
-    """For "forward", "keys" (dK and dV), "queries" (dQ) and "bias", which takes the tiles of dQ.
+    """For "forward", "keys" (dK and dV), "queries" (dQ) and "bias".
 
     Args:
         width: the larger of the two head dims, padded to a power of two.
@@ -86,5 +88,5 @@ def configuration(target: Target, direction: str, width: int, dtype: torch.dtype
         table = _BLACKWELL
     else:
         table = _AMPERE
-    sizes = table["queries" if direction == "bias" else direction]
+    sizes = _BIAS if direction == "bias" and dtype is not torch.float32 else table[direction]
     return next(config for limit, config in sizes.items() if width <= limit)
