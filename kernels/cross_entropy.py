@@ -97,7 +97,7 @@ def _total(
 
 
 @triton.jit
-def _scalar(value, POINTER: tl.constexpr):
+def scalar(value, POINTER: tl.constexpr):
     if POINTER:
         result = tl.load(value)
     else:
@@ -106,7 +106,7 @@ def _scalar(value, POINTER: tl.constexpr):
 
 
 @triton.jit
-def _scale(dy, dy_stride, row, total, HAS_DY: tl.constexpr, MEAN: tl.constexpr):
+def gradient_scale(dy, dy_stride, row, total, HAS_DY: tl.constexpr, MEAN: tl.constexpr):
     """What a row's gradient is multiplied by."""
     scale = 1.0
     if HAS_DY:
@@ -139,7 +139,7 @@ def _narrow(
     share = smoothing / V
     whole = 0.0
     if SMOOTH:
-        whole = _scalar(weight_sum, SUM_IS_POINTER)
+        whole = scalar(weight_sum, SUM_IS_POINTER)
     if SUM:
         own_z = tl.sum(tl.where(own, z, 0.0), 1)
         others = tl.where(own, float("-inf"), z)
@@ -164,7 +164,7 @@ def _narrow(
         log_sum = tl.load(stats + stats_stride + row_index)
         rest_share = tl.load(stats + stats_stride * 2 + row_index)
     if GRADIENT:
-        scale = _scale(dy, dy_stride, row_index, total, HAS_DY, MEAN)
+        scale = gradient_scale(dy, dy_stride, row_index, total, HAS_DY, MEAN)
         push, extra, pull, spread = row_gradient(
             top, log_sum, whole, row, scale, smoothing, share, z_loss, SMOOTH, Z_LOSS
         )
@@ -260,7 +260,7 @@ def _wide(
     share = smoothing / V
     whole = 0.0
     if SMOOTH:
-        whole = _scalar(weight_sum, SUM_IS_POINTER)
+        whole = scalar(weight_sum, SUM_IS_POINTER)
 
     if SUM:
         own_z = capped(tl.load(x_row + label).to(tl.float32), softcap, CAP)
@@ -315,7 +315,7 @@ def _wide(
         rest_share = tl.load(stats + stats_stride * 2 + row_index)
 
     if GRADIENT:
-        scale = _scale(dy, dy_stride, row_index, total, HAS_DY, MEAN)
+        scale = gradient_scale(dy, dy_stride, row_index, total, HAS_DY, MEAN)
         push, extra, pull, spread = row_gradient(
             top, log_sum, whole, row, scale, smoothing, share, z_loss, SMOOTH, Z_LOSS
         )
@@ -373,7 +373,7 @@ def _combine(
     rest = tl.sum(s * exp(m - finite_or_zero(top_rest)), 0)
     whole = 0.0
     if SMOOTH:
-        whole = _scalar(weight_sum, SUM_IS_POINTER)
+        whole = scalar(weight_sum, SUM_IS_POINTER)
     row_value, top, log_sum, rest_share = row_loss(
         top_rest, rest, own_z, finite_or_zero(own_z), pulled, whole, kept, row, smoothing, smoothing / V, z_loss,
         SMOOTH, Z_LOSS,

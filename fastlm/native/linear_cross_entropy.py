@@ -4,6 +4,8 @@ cross_entropy kernel, which writes the gradient over the chunk's logits.
 Memory beside the results: one chunk of logits, weight cast to the products' dtype where it differs, and for the half
 types one slice of the weight's gradient. A half product is rounded before it is added to the float32 sum, so the error
 does not grow with the number of chunks.
+
+implementation and gradient_filter are "chunked" and None: the op's table says that nothing else comes here.
 """
 
 from __future__ import annotations
@@ -97,6 +99,8 @@ def forward(
     label_smoothing: float,
     z_loss: float,
     softcap: float | None,
+    implementation: str,
+    gradient_filter: float | None,
     needs: list[bool],
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     m, v = hidden.shape[0], weight.shape[0]
@@ -133,6 +137,8 @@ def backward(
     label_smoothing: float,
     z_loss: float,
     softcap: float | None,
+    implementation: str,
+    gradient_filter: float | None,
     stats: Tensor,
     needs: list[bool],
 ) -> tuple[Tensor, Tensor, Tensor]:

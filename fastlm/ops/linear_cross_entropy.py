@@ -2,20 +2,29 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
 from fastlm import native
 from fastlm._dispatch import LOW_PRECISION, Backend, Op
-from fastlm.ops._check import check_device, check_floating
+from fastlm.kernels import _platform
+from fastlm.ops._check import check_choice, check_device, check_floating
 from fastlm.ops._library import define, no_double_backward
 from fastlm.ops.cross_entropy import check_class_weight, check_options, check_target
 
 OP = Op(
     "linear_cross_entropy",
     Backend("cpu", "fastlm.native.linear_cross_entropy", frozenset({"cpu"}), LOW_PRECISION, missing=native.missing),
+    Backend(
+        "triton",
+        "fastlm.kernels.linear_cross_entropy",
+        _platform.DEVICES,
+        LOW_PRECISION,
+        features=frozenset({"fused", "gradient_filter"}),
+        missing=_platform.missing,
+    ),
     Backend("reference", "fastlm.reference.linear_cross_entropy"),
 )
 
@@ -44,6 +53,8 @@ def _fake_forward(
     label_smoothing: float,
     z_loss: float,
     softcap: float | None,
+    implementation: str,
+    gradient_filter: float | None,
     needs: list[bool],
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     stat = _statistics(hidden)
@@ -58,7 +69,7 @@ def _fake_backward(dy: Tensor, hidden: Tensor, weight: Tensor, *rest: Any) -> tu
 
 _INPUTS = (
     "Tensor hidden, Tensor weight, Tensor? bias, Tensor target, Tensor? class_weight, int ignore_index, str reduction,"
-    " float label_smoothing, float z_loss, float? softcap"
+    " float label_smoothing, float z_loss, float? softcap, str implementation, float? gradient_filter"
 )
 _forward = define(
     OP,
@@ -78,8 +89,8 @@ class _LinearCrossEntropy(torch.autograd.Function):
     """Saves hidden, weight, bias, target, class_weight, stats (3, M); and the gradients where the forward made them.
 
     The forward makes them for the scalar reductions, chunk by chunk, taking the upstream gradient for 1. Not for
-    float16, whose loss scale must come before the rounding: there, for "none" and in a second backward, the backward
-    makes the logits of each chunk anew.
+    float16, whose loss scale must come before the rounding: there, for "none", in a second backward and in the fused
+    form, the backward makes the logits anew.
     """
 
     @staticmethod
@@ -95,11 +106,14 @@ class _LinearCrossEntropy(torch.autograd.Function):
         label_smoothing: float,
         z_loss: float,
         softcap: float | None,
+        implementation: str,
+        gradient_filter: float | None,
         backend: str,
     ) -> Tensor:
-        options = (ignore_index, reduction, label_smoothing, z_loss, softcap)
+        options = (ignore_index, reduction, label_smoothing, z_loss, softcap, implementation, gradient_filter)
         needs = list(ctx.needs_input_grad[:3])
-        ahead = any(needs) and reduction != "none" and hidden.dtype is not torch.float16
+        chunked = implementation == "chunked"
+        ahead = any(needs) and chunked and reduction != "none" and hidden.dtype is not torch.float16
         now = needs if ahead else [False, False, False]
         loss, stats, *gradients = _forward(hidden, weight, bias, target, class_weight, *options, now, backend)
         ctx.options, ctx.needs, ctx.backend, ctx.gradients = options, needs, backend, None
@@ -133,7 +147,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
             dhidden if ctx.needs[0] else None,
             dweight.to(weight.dtype) if ctx.needs[1] else None,
             dbias.to(bias.dtype) if ctx.needs[2] and bias is not None else None,
-            *(None,) * 8,
+            *(None,) * 10,
         )
 
 
@@ -149,12 +163,18 @@ def linear_cross_entropy(
     label_smoothing: float = 0.0,
     z_loss: float = 0.0,
     softcap: float | None = None,
+    implementation: Literal["chunked", "fused"] | None = None,
+    gradient_filter: float | None = None,
     backend: str | None = None,
 ) -> Tensor:
-    """cross_entropy(hidden @ weight.T + bias, target), a chunk of rows at a time; never holds all logits. Exact.
+    """cross_entropy(hidden @ weight.T + bias, target) without ever holding all logits. Exact unless filtered.
 
-    The chunk is chosen inside, so that its logits take some tens of megabytes. The gradients are made in the forward,
-    while a chunk's logits are at hand; the weight's is summed over the chunks in float32.
+    "chunked" makes the logits of a chunk of rows at a time, and the gradients in the forward, while they are at hand:
+    three matrix products, at the speed of torch's. The chunk is chosen inside (tens of megabytes on a CPU, up to half a
+    gigabyte on a GPU); the weight's gradient is summed over the chunks in float32.
+    "fused" makes the logits a tile at a time, in registers, in the forward and twice more in the backward: five
+    products, and no memory beside the gradients, their float32 sums and some numbers a row (cut cross-entropy, Wijmans
+    et al. 2024, arXiv:2411.09009, but without its filter unless asked for). Deterministic, too.
 
     Args:
         hidden: (M, C), float32, bfloat16, float16 or float64. The matrix products run in this dtype; under autocast, in
@@ -164,14 +184,20 @@ def linear_cross_entropy(
         bias: (V,) or None.
         class_weight: (V,), the `weight` of cross_entropy.
         ignore_index, reduction, label_smoothing, z_loss, softcap: as in cross_entropy.
-        backend: "cpu" or "reference"; None chooses.
+        implementation: "chunked", "fused", or None: the faster one, which is "fused" where gradient_filter is given and
+            else "chunked". Take "fused" where the chunk is what no longer fits.
+        gradient_filter: None, or the bound below which gradients are dropped: a tile of 128 rows x 128 classes (64 x 64
+            where hidden has 4 or 8 bytes), counted from 0, gets none where every |softmax(z) - onehot| in it is below
+            the bound; smoothing's and z-loss's parts go with the rest. The loss stays exact. 2^-12 is what bfloat16
+            does not see beside 1. Not with "chunked".
+        backend: "cpu" (chunked only), "triton" or "reference"; None chooses.
 
     Returns:
         () or, for "none", (M,): float32 (float64 for float64).
 
     Raises:
         ValueError, TypeError: shapes, dtypes, devices or options do not agree.
-        IndexError: a target is out of range (CPU; elsewhere its row and the mean are NaN).
+        IndexError: a target is out of range (where cross_entropy raises it; elsewhere its row and the mean are NaN).
         UnsupportedError: the backend asked for cannot run this.
 
     Saved for backward: hidden, weight, bias, target, class_weight, stats (3, M) as cross_entropy, and the gradients
@@ -192,11 +218,25 @@ def linear_cross_entropy(
     check_target(target, hidden.shape[0], weight.shape[0], hidden, "hidden")
     check_class_weight("class_weight", class_weight, weight.shape[0], hidden, "hidden")
     check_options(reduction, label_smoothing, z_loss, softcap)
+    if implementation is None:
+        implementation = "chunked" if gradient_filter is None else "fused"
+    check_choice("implementation", implementation, "chunked", "fused")
+    if gradient_filter is not None:
+        if implementation != "fused":
+            raise ValueError(f"gradient_filter needs implementation='fused', got {implementation!r}")
+        if not 0.0 < gradient_filter < 1.0:
+            raise ValueError(f"gradient_filter must lie between 0 and 1, got {gradient_filter}; None drops nothing")
+        gradient_filter = float(gradient_filter)
+    features = {"fused"} if implementation == "fused" else set()
+    if gradient_filter is not None:
+        features.add("gradient_filter")
     device = hidden.device.type
     if torch.is_autocast_enabled(device) and hidden.dtype is not torch.float64:
         hidden = hidden.to(torch.get_autocast_dtype(device))
-    name = OP.select(hidden, backend)
-    options = (ignore_index, reduction, float(label_smoothing), float(z_loss), softcap)
+    name = OP.select(hidden, backend, frozenset(features))
+    options = (
+        ignore_index, reduction, float(label_smoothing), float(z_loss), softcap, implementation, gradient_filter
+    )  # fmt: skip
     if not torch.is_grad_enabled():
         return _forward(hidden, weight, bias, target, class_weight, *options, [False] * 3, name)[0]
     return _LinearCrossEntropy.apply(hidden, weight, bias, target, class_weight, *options, name)

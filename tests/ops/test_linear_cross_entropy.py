@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import itertools
 from collections.abc import Callable
 from typing import Any
@@ -14,7 +15,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import fastlm
 from fastlm import ops
+from fastlm.kernels import _platform
 from fastlm.native import linear_cross_entropy as chunked
+from fastlm.ops.linear_cross_entropy import OP
+from fastlm.reference.linear_cross_entropy import FILTER_TILE
 from tests.ops.harness import (
     BACKENDS,
     BACKWARD,
@@ -27,9 +31,11 @@ from tests.ops.harness import (
     each_dtype,
     layouts,
     on,
+    refuses,
 )
 from tests.ops.test_cross_entropy import REDUCTIONS, torch_cross_entropy
 
+triton = None if _platform.missing() else importlib.import_module("fastlm.kernels.linear_cross_entropy")
 NAMES = ("dhidden", "dweight", "dbias")
 KERNELS = [b for b in BACKENDS if b != "reference"]
 one_kernel = pytest.mark.parametrize("backend", ["reference", *KERNELS[-1:]])
@@ -40,6 +46,9 @@ def small_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
     """16 rows at a time, and slices of the weight's gradient."""
     monkeypatch.setattr(chunked, "CHUNK_ELEMENTS", 1)
     monkeypatch.setattr(chunked, "SLICE_ELEMENTS", 256)
+    if triton is not None:
+        monkeypatch.setattr(triton, "CHUNK_BYTES", 1)
+        monkeypatch.setattr(triton, "ROW_STEP", 16)
 
 
 def unfused(
@@ -57,14 +66,22 @@ def inputs(M: int, C: int, V: int, dtype: torch.dtype) -> tuple[Tensor, Tensor, 
 
 
 def compare(
-    backend: str, tensors: list[Tensor | None], target: Tensor, class_weight: Tensor | None = None, **options: Any
+    backend: str,
+    tensors: list[Tensor | None],
+    target: Tensor,
+    class_weight: Tensor | None = None,
+    implementation: str | None = None,
+    **options: Any,
 ) -> None:
     wide = [None if t is None else t.double() for t in tensors]
     oracle, oracle_grads = differentiate(lambda *t: unfused(*t, target, class_weight, **options), wide)
     eager, eager_grads = differentiate(lambda *t: unfused(*t, target, class_weight, **options), tensors)
     with on(backend):
         actual, grads = differentiate(
-            lambda h, w, b: ops.linear_cross_entropy(h, w, target, b, class_weight=class_weight, **options), tensors
+            lambda h, w, b: ops.linear_cross_entropy(
+                h, w, target, b, class_weight=class_weight, implementation=implementation, **options
+            ),
+            tensors,
         )
     half = tensors[0] is not None and tensors[0].dtype is not torch.float32
     assert_accurate("loss", actual[0], oracle[0], eager[0], FORWARD, ulps=4096 if half else 8)
@@ -145,7 +162,7 @@ def test_never_holds_all_logits(monkeypatch: pytest.MonkeyPatch, dtype: torch.dt
         torch.autograd.grad(unfused(*leaves, target, None), leaves)
     assert largest.bytes >= M * V * dtype.itemsize
     # Called directly: a dispatch mode does not see into a library op.
-    arguments = (*(t.detach() for t in leaves), target, None, -100, "none", 0.1, 0.0, None)
+    arguments = (*(t.detach() for t in leaves), target, None, -100, "none", 0.1, 0.0, None, "chunked", None)
     with Largest() as largest:
         loss, stats, *_ = chunked.forward(*arguments, [True, True, True])
         chunked.backward(loss, *arguments, stats, [True, True, True])
@@ -170,7 +187,7 @@ def test_no_gradient_that_nobody_wants(backend: str) -> None:
                 assert (tensor.grad is not None) == want
                 if tensor.grad is not None:
                     torch.testing.assert_close(tensor.grad, grad)
-    arguments = (hidden, weight, bias, target, None, -100, "mean", 0.0, 0.0, None)
+    arguments = (hidden, weight, bias, target, None, -100, "mean", 0.0, 0.0, None, "chunked", None)
     results = torch.ops.fastlm.linear_cross_entropy_forward(*arguments, [True, False, False], backend.partition("-")[0])
     assert [t.numel() > 0 for t in results[2:]] == [True, False, False]
 
@@ -274,7 +291,7 @@ def test_opcheck(backend: str) -> None:
     name = backend.partition("-")[0]
     library = torch.ops.fastlm
     for reduction, needs in (("none", [False] * 3), ("mean", [True] * 3), ("sum", [True, False, True])):
-        arguments = (hidden, weight, bias, target, None, -100, reduction, 0.1, 1e-3, None)
+        arguments = (hidden, weight, bias, target, None, -100, reduction, 0.1, 1e-3, None, "chunked", None)
         torch.library.opcheck(library.linear_cross_entropy_forward, (*arguments, needs, name))
         loss, stats, *_ = library.linear_cross_entropy_forward(*arguments, needs, name)
         torch.library.opcheck(library.linear_cross_entropy_backward, (loss, *arguments, stats, [True] * 3, name))
@@ -301,6 +318,156 @@ def test_double_backward_raises(backend: str) -> None:
             (grads[0].square().sum() + grads[1].sum() + hidden.sum()).backward()
 
 
+# --- the fused form --------------------------------------------------------------------------------------------------
+
+
+def fused(backend: str, filtered: bool = False) -> bool:
+    """Whether the backend has the fused form; if not, it must say so."""
+    features = {"fused", "gradient_filter"} if filtered else {"fused"}
+    if not refuses(OP, backend, torch.empty(0), features):
+        return True
+    hidden, weight, _, target = inputs(2, 3, 4, torch.float32)
+    with on(backend), pytest.raises(fastlm.UnsupportedError, match="it has no fused"):
+        option = {"gradient_filter": 0.1} if filtered else {"implementation": "fused"}
+        ops.linear_cross_entropy(hidden, weight, target, **option)
+    return False
+
+
+@one_kernel
+@each_dtype
+@pytest.mark.parametrize("size", [(1, 3, 1), (0, 4, 5), (5, 8, 2), (70, 24, 300), (130, 72, 257)], ids=str)
+def test_fused(backend: str, dtype: torch.dtype, size: tuple[int, int, int]) -> None:
+    """Sizes on either side of a tile, in rows, classes and channels."""
+    if not fused(backend):
+        return
+    hidden, weight, bias, target = inputs(*size, dtype)
+    for reduction, b in (("none", bias), ("mean", None), ("sum", bias)):
+        compare(backend, [hidden, weight, b], target, reduction=reduction, implementation="fused")
+
+
+@one_kernel
+def test_fused_with_every_option(backend: str) -> None:
+    if not fused(backend):
+        return
+    hidden, weight, bias, target = inputs(40, 8, 33, torch.float32)
+    every = itertools.product(REDUCTIONS, (None, torch.rand(33)), (0.0, 0.1), (0.0, 1e-2), (None, 5.0), (-100, 2))
+    for reduction, class_weight, smoothing, z_loss, softcap, ignored in list(every)[::5]:
+        labels = target if ignored == -100 else target.where(target != -100, 2)
+        options = {"label_smoothing": smoothing, "z_loss": z_loss, "softcap": softcap, "ignore_index": ignored}
+        options |= {"reduction": reduction, "implementation": "fused"}
+        compare(backend, [hidden, weight, bias], labels, class_weight, **options)
+
+
+@one_kernel
+def test_fused_label_in_every_lane_and_nearly_certain(backend: str) -> None:
+    if not fused(backend):
+        return
+    hidden, weight = 4 * torch.eye(130), 4 * torch.eye(130)
+    compare(backend, [hidden, weight, None], torch.arange(130), implementation="fused")
+    compare(backend, [hidden, weight, torch.randn(130)], torch.arange(130), implementation="fused", reduction="none")
+
+
+@one_kernel
+def test_fused_labels_that_do_not_count(backend: str) -> None:
+    """None left: NaN and gradients 0, as torch. Out of range: NaN without a host sync where that would need one."""
+    if not fused(backend):
+        return
+    hidden, weight, bias, _ = inputs(3, 4, 5, torch.float32)
+    ignored = torch.full((3,), -100)
+    with on(backend):
+        for reduction, want in (("mean", float("nan")), ("sum", 0.0), ("none", 0.0)):
+            loss, grads = differentiate(
+                lambda h, w, b, r=reduction: ops.linear_cross_entropy(
+                    h, w, ignored, b, reduction=r, implementation="fused"
+                ),
+                [hidden, weight, bias],
+            )
+            torch.testing.assert_close(loss[0], torch.full_like(loss[0], want), equal_nan=True)
+            assert all((g == 0).all() for g in grads)
+        if backend != "triton":
+            return
+        for wrong in (5, -1, 1 << 40):
+            target = torch.tensor([0, wrong, 1])
+            for implementation in ("chunked", "fused"):
+                loss = ops.linear_cross_entropy(hidden, weight, target, reduction="none", implementation=implementation)
+                assert loss.isnan().tolist() == [False, True, False]
+                assert ops.linear_cross_entropy(hidden, weight, target, implementation=implementation).isnan()
+
+
+@one_kernel
+def test_fused_layouts_and_same_bits(backend: str) -> None:
+    if not fused(backend):
+        return
+    hidden, weight, bias, target = inputs(40, 24, 30, torch.float32)
+    function = lambda h, w, b: ops.linear_cross_entropy(  # noqa: E731
+        h, w, target, b, reduction="none", implementation="fused"
+    )
+    with on(backend):
+        grad = torch.randn(()).expand(40)
+        expected = differentiate(function, [hidden, weight, bias], [grad.contiguous()])
+        for (_, h), (_, w) in zip(layouts(hidden), layouts(weight), strict=True):
+            actual = differentiate(function, [h, w, bias], [grad])
+            if backend == "reference":
+                torch.testing.assert_close(actual, expected)
+            else:
+                assert_same_bits([*actual[0], *actual[1]], [*expected[0], *expected[1]])
+
+
+@one_kernel
+def test_fused_under_autocast_without_unwanted_gradients(backend: str) -> None:
+    if not fused(backend):
+        return
+    hidden, weight, bias, target = inputs(20, 8, 30, torch.float32)
+    w, b = weight.clone().requires_grad_(), bias.clone().requires_grad_()
+    with on(backend), torch.autocast(hidden.device.type, torch.bfloat16):
+        ops.linear_cross_entropy(hidden, w, target, b, implementation="fused").backward()
+    rounded = hidden.bfloat16().double()
+    _, want = differentiate(
+        lambda w, b: unfused(rounded, w, b, target, None),
+        [weight.bfloat16().double(), bias.bfloat16().double()],
+        [torch.ones(())],
+    )
+    assert w.grad is not None and b.grad is not None and w.grad.dtype == b.grad.dtype == torch.float32
+    torch.testing.assert_close(w.grad.double(), want[0], rtol=0.02, atol=2e-4)
+    torch.testing.assert_close(b.grad.double(), want[1], rtol=0.02, atol=2e-4)
+
+
+@one_kernel
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_gradient_filter(backend: str, dtype: torch.dtype) -> None:
+    """Whole tiles, and only those in which every |softmax - onehot| is below the bound, lose their gradient."""
+    if not fused(backend, filtered=True):
+        return
+    tile = FILTER_TILE[dtype.itemsize]
+    M, C, V = tile + 5, 16, 3 * tile
+    hidden, weight = torch.randn(M, C).to(dtype), torch.zeros(V, C, dtype=dtype)
+    weight[:tile] = torch.randn(tile, C).to(dtype)
+    bias = torch.zeros(V).to(dtype)
+    bias[tile:] = -12.0  # far less likely than any of the first tile's classes
+    target = torch.randint(tile, (M,))
+    target[-1], target[-2] = 2 * tile + 1, -100  # the last rows need the third tile, nobody the second
+    bound = 1e-4
+
+    def loss(h: Tensor, w: Tensor, b: Tensor, **options: Any) -> Tensor:
+        return ops.linear_cross_entropy(h, w, target, b, label_smoothing=0.1, reduction="sum", **options)
+
+    inputs = [hidden, weight, bias]
+    with on(backend):
+        exact = differentiate(lambda *t: loss(*t, implementation="fused"), inputs, [torch.ones(())])
+        filtered = differentiate(lambda *t: loss(*t, gradient_filter=bound), inputs, [torch.ones(())])
+    assert torch.equal(exact[0][0], filtered[0][0]), "the loss is exact"
+    (_, dw, db), (_, dw_exact, _) = filtered[1], exact[1]
+    assert (dw[tile : 2 * tile] == 0).all() and (db[tile : 2 * tile] == 0).all() and (dw_exact[tile:] != 0).any()
+    assert torch.equal(dw[:tile], dw_exact[:tile])
+    with on("reference"):
+        _, want = differentiate(lambda *t: loss(*t, gradient_filter=bound), inputs, [torch.ones(())])
+    for name, got, expected in zip(NAMES, filtered[1], want, strict=True):
+        eps = torch.finfo(dtype).eps
+        torch.testing.assert_close(
+            got.float(), expected.float(), rtol=4 * eps, atol=4 * eps * float(expected.abs().max()), msg=name
+        )
+
+
 H, W, T = torch.ones(2, 3), torch.ones(5, 3), torch.zeros(2, dtype=torch.int64)
 
 
@@ -319,6 +486,17 @@ H, W, T = torch.ones(2, 3), torch.ones(5, 3), torch.zeros(2, dtype=torch.int64)
         ),
         (lambda: ops.linear_cross_entropy(H, W.to("meta"), T), ValueError, "device of hidden"),
         (lambda: ops.linear_cross_entropy(H, W, T, reduction="max"), ValueError, "reduction"),
+        (
+            lambda: ops.linear_cross_entropy(H, W, T, implementation="tiled"),
+            ValueError,
+            "'chunked' or 'fused', got 'tiled'",
+        ),
+        (
+            lambda: ops.linear_cross_entropy(H, W, T, implementation="chunked", gradient_filter=0.1),
+            ValueError,
+            "gradient_filter needs implementation='fused'",
+        ),
+        (lambda: ops.linear_cross_entropy(H, W, T, gradient_filter=0.0), ValueError, "between 0 and 1, got 0.0"),
         (lambda: ops.linear_cross_entropy(H, W, T + 5), IndexError, "Target 5 is out of bounds"),
         (lambda: ops.linear_cross_entropy(H.double(), W, T, backend="cpu"), fastlm.UnsupportedError, "float64"),
     ],
