@@ -39,7 +39,7 @@ from fastlm.kernels._log_sum_exp import (
 from fastlm.kernels.cross_entropy import Options, gradient_scale, scalar
 
 TILE = {2: 128, 4: 64}
-"""Rows and classes of a tile of the backward, and of the gradient filter's decision, by the bytes of hidden's dtype (as
+"""Rows and classes of a tile, and of the gradient filter's decision, by the bytes of hidden's dtype (as
 FILTER_TILE in the reference). In float32 the three products of a tile of 128 do not fit the registers."""
 
 
@@ -315,10 +315,10 @@ def forward(
     if M == 0:
         return
     hidden, weight = _plain(hidden), _plain(weight)
-    BM, BN = 128, 128
-    row_blocks = cdiv(M, BM)
-    splits = max(1, min(cdiv(V, BN), cdiv(4 * target(hidden).sms, row_blocks)))
-    span = cdiv(cdiv(V, BN), splits) * BN
+    tile = TILE[hidden.itemsize]
+    row_blocks = cdiv(M, tile)
+    splits = max(1, min(cdiv(V, tile), cdiv(4 * target(hidden).sms, row_blocks)))
+    span = cdiv(cdiv(V, tile), splits) * tile
     splits = cdiv(V, span)
     partials, own = empty((M, splits, 3), hidden, torch.float32), empty((M,), hidden, torch.float32)
     smooth = option.label_smoothing != 0.0
@@ -326,7 +326,7 @@ def forward(
         _forward, (row_blocks * splits,), hidden, weight, bias, labels, option.weight, partials, own, M, V, C,
         hidden.stride(0), weight.stride(0), labels.stride(0), option.ignore_index, option.softcap or 1.0, row_blocks,
         splits, span, HAS_BIAS=bias is not None, HAS_WEIGHT=option.weight is not None, SMOOTH=smooth,
-        CAP=option.softcap is not None, **_config(hidden), BM=BM, BN=BN, num_warps=8, num_stages=3,
+        CAP=option.softcap is not None, **_config(hidden), BM=tile, BN=tile, num_warps=8, num_stages=3,
     )  # fmt: skip
     block = max(16, next_power_of_2(splits))
     rows = max(1, 512 // block)
