@@ -20,6 +20,7 @@ import triton.language as tl
 from torch import Tensor
 
 from fastlm.kernels._launch import cdiv, empty, launch, next_power_of_2, rows, tile, unit
+from fastlm.kernels._log_sum_exp import exp, finite_or_zero
 
 WIDEST, ELEMENTS, WARPS = 4096, 2048, 8
 """Columns that a program reduces at most, 16 of each matrix a thread; elements of its tile at least."""
@@ -28,12 +29,6 @@ BACKWARD, BACKWARD_WARPS = 1024, 4
 JOINED = 1024
 """Pieces that a program of _join takes, of as many rows as that makes."""
 INF = tl.constexpr(float("inf"))
-
-
-@triton.jit
-def _zero_if_none(top):
-    """What to subtract where the largest element is top: minus infinity less itself would be NaN."""
-    return tl.where(top == -INF, 0.0, top)
 
 
 @triton.jit
@@ -72,11 +67,11 @@ def _forward(
     b = tl.load(y + at * y_row + col, mask=inside, other=-INF).to(tl.float32) * inverse_temperature
     top_x = tl.max(a, 1)
     top_y = tl.max(b, 1)
-    a -= _zero_if_none(top_x)[:, None]
-    b -= _zero_if_none(top_y)[:, None]
-    e = tl.exp(a)
+    a -= finite_or_zero(top_x)[:, None]
+    b -= finite_or_zero(top_y)[:, None]
+    e = exp(a)
     sum_x = tl.sum(e, 1)
-    sum_y = tl.sum(tl.exp(b), 1)
+    sum_y = tl.sum(exp(b), 1)
     weighted = tl.sum(tl.where(e == 0.0, 0.0, e * (a - b)), 1)
     if SINGLE:
         _write(loss, stats, row, m, top_x, sum_x, top_y, sum_y, weighted, mask, HAS_MASK, REVERSE)
@@ -105,11 +100,11 @@ def _join(
     weighted = tl.load(place + 4 * across, mask=inside, other=0.0)
     top_x = tl.max(tops_x, 1)
     top_y = tl.max(tops_y, 1)
-    a = tops_x - _zero_if_none(top_x)[:, None]
-    b = tops_y - _zero_if_none(top_y)[:, None]
-    e = tl.exp(a)
+    a = tops_x - finite_or_zero(top_x)[:, None]
+    b = tops_y - finite_or_zero(top_y)[:, None]
+    e = exp(a)
     sum_x = tl.sum(sums_x * e, 1)
-    sum_y = tl.sum(sums_y * tl.exp(b), 1)
+    sum_y = tl.sum(sums_y * exp(b), 1)
     weighted = tl.sum(tl.where(e == 0.0, 0.0, e * (weighted + sums_x * (a - b))), 1)
     _write(loss, stats, row, m, top_x, sum_x, top_y, sum_y, weighted, mask, HAS_MASK, REVERSE)
 
@@ -129,11 +124,11 @@ def _backward(
     b = tl.load(target + at * target_row + col, mask=inside).to(tl.float32) * inverse_temperature
     a = a - tl.load(stats + row, mask=there)[:, None] - tl.load(stats + m + row, mask=there)[:, None]
     b = b - tl.load(stats + 2 * m + row, mask=there)[:, None] - tl.load(stats + 3 * m + row, mask=there)[:, None]
-    q = tl.exp(a)
+    q = exp(a)
     if REVERSE:
         d = tl.where(q == 0.0, 0.0, q * (a - b - tl.load(stats + 4 * m + row, mask=there)[:, None]))
     else:
-        d = q - tl.exp(b)
+        d = q - exp(b)
     d *= (tl.load(scale + row * scale_row, mask=there).to(tl.float32) * inverse_temperature)[:, None]
     if HAS_MASK:
         d = tl.where((tl.load(mask + row, mask=there, other=0) != 0)[:, None], d, 0.0)

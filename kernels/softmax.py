@@ -16,6 +16,7 @@ import triton.language as tl
 from torch import Tensor
 
 from fastlm.kernels._launch import cdiv, empty, launch, next_power_of_2, rows, unit
+from fastlm.kernels._log_sum_exp import exp
 
 ELEMENTS = 2048
 """Least elements of a tile: 16 a thread of four warps."""
@@ -40,11 +41,11 @@ def _forward(x, y, m, n, x_row, LOG: tl.constexpr, UNIT: tl.constexpr, ROWS: tl.
     row, col, inside = _tile(m, n * UNIT, ROWS, WIDTH)
     value = tl.load(x + row * UNIT * x_row + col, mask=inside, other=-float("inf")).to(tl.float32)
     value = value - tl.max(value, 1)[:, None]
-    total = tl.sum(tl.exp(value), 1)
+    total = tl.sum(exp(value), 1)
     if LOG:
         result = value - tl.log(total)[:, None]
     else:
-        result = tl.exp(value) * (1.0 / total)[:, None]
+        result = exp(value) * (1.0 / total)[:, None]
     tl.store(y + row * UNIT * n + col, result, mask=inside)
 
 
@@ -54,7 +55,7 @@ def _backward(dy, y, dx, m, n, dy_row, LOG: tl.constexpr, UNIT: tl.constexpr, RO
     gradient = tl.load(dy + row * UNIT * dy_row + col, mask=inside, other=0.0).to(tl.float32)
     value = tl.load(y + row * UNIT * n + col, mask=inside, other=0.0).to(tl.float32)
     if LOG:
-        result = gradient - tl.exp(value) * tl.sum(gradient, 1)[:, None]
+        result = gradient - exp(value) * tl.sum(gradient, 1)[:, None]
     else:
         result = value * (gradient - tl.sum(value * gradient, 1)[:, None])
     tl.store(dx + row * UNIT * n + col, result, mask=inside)
@@ -69,11 +70,11 @@ def _forward_long(x, y, n, x_row, LOG: tl.constexpr, UNIT: tl.constexpr, STEP: t
     for start in range(0, n * UNIT, STEP):
         value = tl.load(x + row * x_row + start + col, mask=start + col < n * UNIT, other=-float("inf")).to(tl.float32)
         above = value - top
-        e = tl.exp(-tl.abs(above))
+        e = exp(-tl.abs(above))
         total = tl.where(above > 0, total * e + 1.0, total + e)
         top = tl.maximum(top, value)
     largest = tl.max(top, 0)
-    total = tl.sum(total * tl.exp(top - largest), 0)
+    total = tl.sum(total * exp(top - largest), 0)
     log_total = tl.log(total)
     scale = 1.0 / total
     for start in range(0, n * UNIT, STEP):
@@ -82,7 +83,7 @@ def _forward_long(x, y, n, x_row, LOG: tl.constexpr, UNIT: tl.constexpr, STEP: t
         if LOG:
             result = value - log_total
         else:
-            result = tl.exp(value) * scale
+            result = exp(value) * scale
         tl.store(y + row * n + start + col, result, mask=inside)
 
 
@@ -104,7 +105,7 @@ def _backward_long(dy, y, dx, n, dy_row, LOG: tl.constexpr, UNIT: tl.constexpr, 
         gradient = tl.load(dy + row * dy_row + start + col, mask=inside).to(tl.float32)
         value = tl.load(y + row * n + start + col, mask=inside).to(tl.float32)
         if LOG:
-            result = gradient - tl.exp(value) * total
+            result = gradient - exp(value) * total
         else:
             result = value * (gradient - total)
         tl.store(dx + row * n + start + col, result, mask=inside)
