@@ -46,6 +46,7 @@ from fastlm.kernels._log_sum_exp import (
     row_gradient,
     row_loss,
 )
+from fastlm.kernels._scale import scale as scale
 
 NARROW = 2048
 """Classes up to which rows are held in registers, 16 logits a thread. A warp has rows of up to 512 to itself: what is

@@ -22,6 +22,7 @@ from torch import Tensor
 
 from fastlm.kernels import _linear_cross_entropy_fused as fused
 from fastlm.kernels._launch import cdiv, empty
+from fastlm.kernels._scale import scale as scale
 from fastlm.kernels.cross_entropy import backward_rows, forward_rows, options, reduced, row_weights
 
 CHUNK_BYTES = 512 << 20

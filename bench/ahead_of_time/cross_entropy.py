@@ -36,3 +36,5 @@ def cases() -> Iterator[Case]:
     )
     x, t = meta(16384, 65), meta(16384, dtype=torch.int64)
     yield Case("16384x65", lambda: cross_entropy.forward(x, t, None, -100, "mean", 0.0, 0.0, None, True), narrow=None)
+    x, dy = meta(8192, 50304), meta(dtype=F32)
+    yield Case("8192x50304 upstream gradient", lambda: cross_entropy.scale(x, dy), narrow={"_scale": 1})

@@ -70,6 +70,19 @@ _backward = define(
 )
 
 
+def scale_gradients(op: Op, backend: str, dy: Tensor, *gradients: Tensor) -> None:
+    """Multiplies gradients that were made for an upstream gradient of 1 by dy, which is nearly always 1.
+
+    A CPU can look. A GPU's host would have to wait for it: there a kernel looks, instead of a pass over the logits.
+    """
+    if backend == "triton" and nothing_listens():
+        for gradient in gradients:
+            op.module(backend).scale(gradient, dy)
+    elif dy.device.type != "cpu" or dy.item() != 1.0:
+        for gradient in gradients:
+            gradient.mul_(dy)
+
+
 class _CrossEntropy(torch.autograd.Function):
     """Saves logits, target, weight and stats (3, M); and, where the forward made it, the gradient itself.
 
@@ -128,8 +141,7 @@ class _CrossEntropy(torch.autograd.Function):
             # makes it anew.
             dlogits, ctx.gradient, ctx.spent = ctx.gradient, None, True
             if dlogits is not None:
-                if dy.device.type != "cpu" or dy.item() != 1.0:
-                    dlogits.mul_(dy)
+                scale_gradients(OP, ctx.backend, dy, dlogits)
                 return dlogits, *nothing
         if ctx.overwrite:
             (target, weight, stats), logits = ctx.saved_tensors, ctx.logits

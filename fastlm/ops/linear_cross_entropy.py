@@ -12,7 +12,7 @@ from fastlm._dispatch import LOW_PRECISION, Backend, Op
 from fastlm.kernels import _platform
 from fastlm.ops._check import check_choice, check_device, check_floating
 from fastlm.ops._library import define, no_double_backward
-from fastlm.ops.cross_entropy import check_class_weight, check_options, check_target
+from fastlm.ops.cross_entropy import check_class_weight, check_options, check_target, scale_gradients
 
 OP = Op(
     "linear_cross_entropy",
@@ -133,8 +133,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
             gradients = [(g * dy).to(g.dtype) for g in kept]
         elif ctx.gradients is not None:  # handed over for good, so that leaves can keep them without a copy
             gradients, ctx.gradients = ctx.gradients, None
-            if dy.device.type != "cpu" or dy.item() != 1.0:
-                gradients = [g.mul_(dy) for g in gradients]
+            scale_gradients(OP, ctx.backend, dy, *gradients)
         else:
             gradients = list(
                 _backward(
