@@ -60,6 +60,7 @@ _AMPERE: _Table = {  # and the fallback: all of it fits the 99 KB of sm_86, sm_8
     "keys": {64: Config(64, 128, 8, 2), 128: Config(64, 64, 8, 2), 256: Config(32, 32, 8, 1)},
     "queries": {64: Config(128, 64, 8, 2), 128: Config(64, 64, 8, 2), 256: Config(32, 32, 8, 1)},
 }
+_AMPERE_OPTIONS = {**_AMPERE, "keys": {**_AMPERE["keys"], 64: Config(64, 64, 8, 2)}}
 _FLOAT32: _Table = {
     "forward": {64: Config(64, 32, 8, 1), 128: Config(32, 32, 8, 1), 256: Config(16, 16, 8, 1)},
     "keys": {64: Config(32, 32, 8, 1), 128: Config(32, 32, 8, 1), 256: Config(16, 16, 8, 1)},
@@ -87,6 +88,6 @@ def configuration(target: Target, direction: str, width: int, dtype: torch.dtype
     elif target.arch in (100, 103):
         table = _BLACKWELL
     else:
-        table = _AMPERE
+        table = _AMPERE if plain else _AMPERE_OPTIONS
     sizes = _BIAS if direction == "bias" and dtype is not torch.float32 else table[direction]
     return next(config for limit, config in sizes.items() if width <= limit)
