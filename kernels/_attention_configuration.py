@@ -60,7 +60,7 @@ _AMPERE: _Table = {  # and the fallback: all of it fits the 99 KB of sm_86, sm_8
     "keys": {64: Config(64, 128, 8, 2), 128: Config(64, 64, 8, 2), 256: Config(32, 32, 8, 1)},
     "queries": {64: Config(128, 64, 8, 2), 128: Config(64, 64, 8, 2), 256: Config(32, 32, 8, 1)},
 }
-_AMPERE_OPTIONS = {**_AMPERE, "keys": {**_AMPERE["keys"], 64: Config(64, 64, 8, 2)}}
+_AMPERE_OPTIONS = {**_AMPERE, "keys": {**_AMPERE["keys"], 64: Config(32, 64, 4, 2)}}
 _FLOAT32: _Table = {
     "forward": {64: Config(64, 32, 8, 1), 128: Config(32, 32, 8, 1), 256: Config(16, 16, 8, 1)},
     "keys": {64: Config(32, 32, 8, 1), 128: Config(32, 32, 8, 1), 256: Config(16, 16, 8, 1)},
