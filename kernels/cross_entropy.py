@@ -71,7 +71,8 @@ def options(
 ) -> Options:
     known = weight is None or not label_smoothing
     total = float(classes) if known or weight is None else weight.sum(dtype=torch.float32)
-    return Options(weight, ignore_index, label_smoothing, z_loss, softcap, total)
+    cap = None if softcap is None else float(softcap)  # an int would be another kernel
+    return Options(weight, ignore_index, label_smoothing, z_loss, cap, total)
 
 
 # --- kernels ---------------------------------------------------------------------------------------------------------

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import random
 from collections.abc import Iterator
 
@@ -12,6 +13,7 @@ import torch
 from fastlm import native
 from fastlm.kernels import _platform
 
+os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # without it cuBLAS refuses deterministic products
 CANARY = 256  # bytes on either side of a kernel's output
 
 

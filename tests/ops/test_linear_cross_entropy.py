@@ -32,6 +32,7 @@ from tests.ops.harness import (
     layouts,
     on,
     refuses,
+    sizes,
 )
 from tests.ops.test_cross_entropy import REDUCTIONS, torch_cross_entropy
 
@@ -114,16 +115,24 @@ def test_every_combination_of_options(small_chunks: None, backend: str) -> None:
         compare(backend, [hidden, weight, bias], labels, class_weight, reduction=reduction, **options)
 
 
+@pytest.mark.parametrize("backend", KERNELS[-1:])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_weight_gradient_does_not_grow_worse_with_chunks(monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype) -> None:
-    hidden, weight, _, target = inputs(2048, 16, 40, dtype)
+def test_weight_gradient_does_not_grow_worse_with_chunks(
+    monkeypatch: pytest.MonkeyPatch, backend: str, dtype: torch.dtype
+) -> None:
+    M = sizes(2048, 512)
+    hidden, weight, _, target = inputs(M, 16, 40, dtype)
     hidden = hidden + 1  # gradients that do not cancel, where rounded sums show
     _, oracle = differentiate(lambda h, w: unfused(h, w, None, target, None), [hidden.double(), weight.double()])
     errors = []
-    with on("cpu"):
-        for rows in (2048, 16):
+    with on(backend):
+        for rows in (M, 16):
             monkeypatch.setattr(chunked, "CHUNK_ELEMENTS", rows * 40)
-            assert len(list(chunked.chunks(2048, 40))) == 2048 // rows
+            assert len(list(chunked.chunks(M, 40))) == M // rows
+            if triton is not None:
+                monkeypatch.setattr(triton, "CHUNK_BYTES", rows * 40 * dtype.itemsize)
+                monkeypatch.setattr(triton, "ROW_STEP", 16)
+                assert len(list(triton.chunks(M, 40, dtype.itemsize))) == M // rows
             # A float32 weight, so that its gradient is not rounded once more.
             _, grads = differentiate(lambda h, w: ops.linear_cross_entropy(h, w, target), [hidden, weight.float()])
             errors.append(float((grads[1] - oracle[1]).abs().max() / oracle[1].abs().max()))
@@ -235,7 +244,7 @@ def test_autocast(backend: str, reduction: str) -> None:
 
     def autocast(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
         def run(h: Tensor, w: Tensor, b: Tensor) -> Tensor:
-            with torch.autocast("cpu", torch.bfloat16):
+            with torch.autocast(h.device.type, torch.bfloat16):
                 return function(h, w, b)
 
         return run
