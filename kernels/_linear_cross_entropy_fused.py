@@ -17,7 +17,8 @@ BM * C * 8 bytes beside 4 * BM * BN * C operations: 64 operations a byte with ti
 not the tensor cores, bounds the backward at some 350 TFLOP/s. Filtered tiles pay neither.
 Tried and lost, on ahead-of-time figures for sm_90 alone: 128 columns of a sum at a time, or 16 warps, spill (30 to 100
 registers a thread), 64 do not; so do tiles transposed for _dweight, whose threads need the factors of 32 rows (114),
-and 64-bit offsets within a tile. Sums of dhidden in registers do not fit: 64 x 768 in float32 are 192 a thread of 8 warps.
+and 64-bit offsets within a tile. Sums of dhidden in registers do not fit: 64 x 768 in float32 are 192 a thread of 8
+warps.
 """
 
 from __future__ import annotations

@@ -21,11 +21,12 @@ kernel, and reads from L2 what fits there.
 Rows that do not begin on 16 bytes (V = 50257) keep wide accesses: up to K - 1 logits at either end are a tile of their
 own, between them lies an aligned body.
 
-Not built, by arithmetic: a whole row of 50304 in registers needs 1024 threads with 64 logits each, leaves one program on
-an SM, and with it nobody who loads while it computes. One maximum per element doubles the exponentials.
+Not built, by arithmetic: a whole row of 50304 in registers needs 1024 threads with 64 logits each, leaves one program
+on an SM, and with it nobody who loads while it computes. One maximum per element doubles the exponentials.
 Tried and lost, on ahead-of-time figures for sm_90 alone (no GPU figure stands behind any of this): tl.exp, which keeps
-denormals (960 instructions in _wide, 768 with exp2); a branch on the output's alignment inside the kernel (100 registers,
-56 as a constant); _narrow with 4 warps on a row (3320 instructions for 16 rows of 65, 1120 for 4 rows a warp).
+denormals (960 instructions in _wide, 768 with exp2); a branch on the output's alignment inside the kernel (100
+registers, 56 as a constant); _narrow with 4 warps on a row (3320 instructions for 16 rows of 65, 1120 for 4 rows a
+warp).
 """
 
 from __future__ import annotations
