@@ -1,8 +1,8 @@
 """Sweeps attention's tiles: each direction by itself, the others as the table has them.
 
-Every candidate is compiled by processes side by side first, which also fills Triton's cache; what spills a
-lot or does not fit the chip is left out. The rest is timed and the best printed beside the table's own choice. Nothing is changed by
-this: kernels/_attention_configuration.py is edited by hand, from the figures.
+Every candidate is compiled by processes side by side first, which also fills Triton's cache; what spills a lot or does
+not fit the chip is left out. The rest is timed and the best printed beside the table's own choice. Nothing is changed
+by this: kernels/_attention_configuration.py is edited by hand, from the figures.
 """
 
 from __future__ import annotations
