@@ -87,10 +87,11 @@ def activate(x, ACTIVATION: tl.constexpr, ACCURATE: tl.constexpr):
 
 
 @triton.jit
-def tanh(x):
-    """To the last digits also near 0, where (1 - e) / (1 + e) cancels and the series takes over."""
-    e = tl.exp(tl.abs(x) * -2.0)
-    far = (1.0 - e) / (1.0 + e)
-    q = x * x
-    series = x * (q * (q * (q * (q * 0.021869489 - 0.053968254) + 0.13333333) - 0.33333333) + 1.0)
-    return tl.where(q < 0.09, series, tl.where(x < 0.0, -far, far))
+def tanh(x, ACCURATE: tl.constexpr):
+    """1 - 2 / (exp(2 x) + 1); near 0 that has lost its digits, and ACCURATE takes the series there."""
+    t = 1.0 - 2.0 / (tl.exp2(x * (2 * LOG2_E)) + 1.0)
+    if ACCURATE:
+        q = x * x
+        series = x * (q * (q * (q * (q * 0.021869489 - 0.053968254) + 0.13333333) - 0.33333333) + 1.0)
+        t = tl.where(q < 0.0625, series, t)
+    return t

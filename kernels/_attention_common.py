@@ -12,7 +12,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-LOG2E = tl.constexpr(1.4426950408889634)
+from fastlm.kernels._activation import LOG2_E, tanh
+
 LN2_HIGH, LN2_LOW = tl.constexpr(0.693359375), tl.constexpr(-2.1219444005469057e-4)
 """ln 2 in two parts, the first exact in float32 and times an integer still exact."""
 LN2 = tl.constexpr(0.6931471805599453)
@@ -75,7 +76,7 @@ def in_units(x, PRECISE: tl.constexpr):
     """A natural logit in the units of the kernels."""
     if PRECISE:
         return x
-    return x * LOG2E
+    return x * LOG2_E
 
 
 @triton.jit
@@ -83,8 +84,8 @@ def power(x, PRECISE: tl.constexpr):
     """exp() of a difference of logits in these units."""
     if PRECISE:  # x * log2(e) alone would have all weights off to one side: by the constant's rounding, times x
         x = tl.where(x < -200.0, -200.0, x)
-        n = tl.floor(x * LOG2E + 0.5)
-        return tl.exp2((x - n * LN2_HIGH - n * LN2_LOW) * LOG2E) * tl.exp2(n)
+        n = tl.floor(x * LOG2_E + 0.5)
+        return tl.exp2((x - n * LN2_HIGH - n * LN2_LOW) * LOG2_E) * tl.exp2(n)
     return tl.exp2(x)
 
 
@@ -173,16 +174,6 @@ def document_ranges(ids, other_ids, ranges, length, other_length, tiles, SIZE: t
 
 
 @triton.jit
-def _tanh(x, PRECISE: tl.constexpr):
-    t = 1 - 2 / (tl.exp2(x * (2 * LOG2E)) + 1)
-    if PRECISE:  # near 0 the difference above has lost its digits
-        y = x * x
-        series = x * (1 + y * (-0.3333333333 + y * (0.1333333333 + y * (-0.0539682540 + y * 0.0218694885))))
-        t = tl.where(tl.abs(x) < 0.25, series, t)
-    return t
-
-
-@triton.jit
 def logits(
     x, i, j, len_q, len_k, before, after, distance, mask, mask_m, mask_n, slope, doc_i, doc_j, factor, softcap,
     EDGE: tl.constexpr, BEFORE: tl.constexpr, AFTER: tl.constexpr, HIDE_PAST: tl.constexpr, BOUND_M: tl.constexpr,
@@ -197,7 +188,7 @@ def logits(
     """
     steep = x
     if SOFTCAP:
-        t = _tanh(x * factor, PRECISE)
+        t = tanh(x * factor, PRECISE)
         steep = 1 - t * t
         x = t * softcap
     elif not FOLD:

@@ -11,9 +11,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from fastlm.kernels._activation import tanh
-
-LOG2_E = tl.constexpr(1.4426950408889634)
+from fastlm.kernels._activation import LOG2_E, tanh
 
 
 @triton.jit
@@ -26,7 +24,7 @@ def exp(x):
 def capped(x, softcap, CAP: tl.constexpr):
     """z = softcap * tanh(x / softcap), or x."""
     if CAP:
-        return tanh(x / softcap) * softcap
+        return tanh(x / softcap, True) * softcap
     return x
 
 

@@ -24,6 +24,7 @@ Tried and lost, on the evidence of registers alone: see _attention_configuration
 
 from __future__ import annotations
 
+import math
 from typing import Any, NamedTuple
 
 import torch
@@ -34,7 +35,7 @@ from fastlm.kernels._attention_configuration import Config, configuration
 from fastlm.kernels._launch import cdiv, empty, launch, next_power_of_2, target
 from fastlm.kernels._random import threshold
 
-LOG2E = 1.4426950408889634
+LOG2_E = math.log2(math.e)
 FAR = 1 << 30
 """A window that reaches everywhere."""
 CACHE = 16 << 20
@@ -137,7 +138,7 @@ def _problem(
     right = 0 if causal else window_right
     added = mask is not None and mask.dtype is not torch.bool
     fold = scale > 0 and softcap == 0 and slopes is None and not added
-    unit = 1.0 if exact else LOG2E
+    unit = 1.0 if exact else LOG2_E
     options = {
         "D": d, "DV": dv, "WIDTH": max(16, next_power_of_2(d)), "WIDTH_V": max(16, next_power_of_2(dv)),
         "ALIGN_END": causal == 2, "BEFORE": window_left >= 0, "AFTER": right >= 0,
