@@ -13,7 +13,7 @@ from fastlm._dispatch import LOW_PRECISION, Backend, Op
 from fastlm.kernels import _platform
 from fastlm.ops._check import check_device, check_floating
 from fastlm.ops._library import cast, define, distinct, no_double_backward
-from fastlm.ops._random import draw_seed
+from fastlm.ops._random import check_dropout, draw_seed
 
 OP = Op(
     "attention",
@@ -260,6 +260,7 @@ def attend(
         features.append("documents")
     if cu_seqlens[0] is not None:
         features.append("cu_seqlens")
+    check_dropout(dropout)  # before the choice of a backend, which may warn
     name = OP.select(q, backend, frozenset(features), head_dim=max(d, v.shape[3]))
     seed = draw_seed(dropout, q.device)
     factor = 1.0 / math.sqrt(d) if scale is None else float(scale)
