@@ -243,6 +243,12 @@ def _add(
 
 
 @triton.jit
+def _largest(q):
+    """Of a tile. In one reduction: Triton 3.6 cannot compile one after the other for sm_100."""
+    return tl.max(tl.reshape(q, [q.shape[0] * q.shape[1]]), 0)
+
+
+@triton.jit
 def _dhidden(
     hidden, weight, bias, class_weight, factors, labels, sums, M, V, C, h_stride, w_stride, softcap, filter, row_blocks,
     span, HAS_BIAS: tl.constexpr, HAS_WEIGHT: tl.constexpr, SMOOTH: tl.constexpr, CAP: tl.constexpr,
@@ -260,7 +266,7 @@ def _dhidden(
         )  # fmt: skip
         wanted = True
         if FILTER:
-            wanted = tl.max(tl.max(q, 1), 0) >= filter
+            wanted = _largest(q) >= filter
         if wanted:
             _add(sums, first, M, d, weight, start, V, w_stride, C, False, PRECISION, BM, BN, BC)
         tl.debug_barrier()  # what a thread loads next another may have stored
@@ -282,7 +288,7 @@ def _dweight(
         )  # fmt: skip
         wanted = True
         if FILTER:
-            wanted = tl.max(tl.max(q, 1), 0) >= filter
+            wanted = _largest(q) >= filter
         if wanted:
             if BIAS:
                 column = start + tl.arange(0, BN)

@@ -22,7 +22,7 @@ def cases() -> Iterator[Case]:
     for C, V, dtype, biased, filter, spills in (
         (768, 50304, BF16, False, None, {"_forward": 11, "_dhidden": 14}),
         (4096, 128256, BF16, False, 2.0**-12, {"_forward": 11, "_dweight": 17}),
-        (768, 50257, BF16, True, None, {"_forward": 31, "_dweight": 231}),
+        (768, 50257, BF16, True, None, {"_forward": 31, "_dweight": 231, "_dhidden": 16}),
         (768, 50304, F32, False, None, {"_dweight": 133, "_dhidden": 156}),
     ):
         inputs = (meta(8192, C, dtype=dtype), meta(V, C, dtype=dtype), meta(V, dtype=dtype) if biased else None)
