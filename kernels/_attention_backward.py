@@ -9,6 +9,7 @@ from fastlm.kernels._attention_common import (
     INF,
     extent,
     finite,
+    has_nan,
     in_units,
     logits,
     narrowed,
@@ -367,7 +368,7 @@ def backward_queries(
             keep_factor, factor, softcap, D, DV, N, WIDTH, WIDTH_V, True, False, BOUND_M, BOUND_N, BEFORE, AFTER, MASK,
             MASK_M, MASK_N, ALIBI, DOCUMENTS, SOFTCAP, DROPOUT, FOLD, PRECISE, PRECISION)  # fmt: skip
     if BEFORE or AFTER or DOCUMENTS or MASK > 0:  # noqa: SIM102  as forward: a key that is not finite times 0
-        if tl.sum(tl.sum((sums != sums).to(tl.int32), 1), 0) > 0:
+        if has_nan(sums):
             sums = _walk_keys(
                 tl.zeros((M, WIDTH), tl.float32), query, grad, total, d, k, k_row, v, v_row, low, high, origin, lowest,
                 highest, i, len_q, len_k, before, after, distance, mask, mask_m, mask_n, slope, documents, doc_i,

@@ -95,6 +95,12 @@ def finite(x):
     return tl.where(tl.abs(x.to(tl.float32)) < INF, x, tl.zeros_like(x))
 
 
+@triton.jit
+def has_nan(x):
+    """Of a tile. One reduction: Triton 3.6 cannot compile one after the other for sm_100."""
+    return tl.max(tl.ravel((x != x).to(tl.int32)), 0) > 0
+
+
 # --- which tiles -----------------------------------------------------------------------------------------------------
 
 

@@ -10,6 +10,7 @@ from fastlm.kernels._attention_common import (
     LN2,
     extent,
     finite,
+    has_nan,
     in_units,
     logits,
     narrowed,
@@ -185,10 +186,10 @@ def forward(
     # A value that is not finite times a weight of 0 is NaN: only where that has happened, and a query may be blind to
     # a value of its tiles, the tile is computed again without such values, and they are put where they are seen.
     HIDES: tl.constexpr = BEFORE or AFTER or DOCUMENTS or MASK > 0
-    spoiled = 0
+    spoiled = False
     if HIDES:
-        spoiled = tl.sum(tl.sum((total != total).to(tl.int32), 1), 0)
-        if spoiled > 0:
+        spoiled = has_nan(total)
+        if spoiled:
             total = tl.zeros((M, WIDTH_V), tl.float32)
             top, weight = _start(sinks, head, M, SINKS, PRECISE)
             total, top, weight = _walk(
@@ -204,7 +205,7 @@ def forward(
         top = (top + tl.log2(weight)) * LN2
     tl.store(lse + row + query_number, top, mask=query_number < len_q)
     if HIDES:  # noqa: SIM102
-        if spoiled > 0:
+        if spoiled:
             tl.debug_barrier()  # of the block: these stores come after those
             bad = _spoiled(
                 tl.zeros((M, WIDTH_V), tl.float32), v, v_row, origin, lowest, highest, i, len_q, len_k, before, after,

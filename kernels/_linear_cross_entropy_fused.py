@@ -245,7 +245,7 @@ def _add(
 @triton.jit
 def _largest(q):
     """Of a tile. In one reduction: Triton 3.6 cannot compile one after the other for sm_100."""
-    return tl.max(tl.reshape(q, [q.shape[0] * q.shape[1]]), 0)
+    return tl.max(tl.ravel(q), 0)
 
 
 @triton.jit

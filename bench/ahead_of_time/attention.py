@@ -57,7 +57,7 @@ def cases() -> Iterator[Case]:
     yield case("float32", dtype=torch.float32, wgmma=frozenset(), spills={"backward_keys": 100, "backward_queries": 25})
     # Its loops reload 4 registers on sm_90; the others are saved around them, once a query head.
     yield case("grouped", kv_heads=2, causal=1, spills={**AROUND, "backward_keys": 440})
-    yield case("packed", varlen=True, causal=1, spills={"forward": 20, "backward_queries": 20})
+    yield case("packed", varlen=True, causal=1, spills={"forward": 30})
     yield case("documents", documents=True, causal=1, spills={"forward": 180, "backward_queries": 45})
     yield case("window, sinks", left=127, causal=1, sinks=True, d=64, heads=64, kv_heads=8,
                spills={"backward_keys": 65})  # fmt: skip
