@@ -1,12 +1,21 @@
 // The only file that includes pybind11. No logic: every kernel takes its pointers as integers, releases the GIL and
-// calls the table of the instruction set in use.
+// calls the table of the instruction set in use. Compiled once for fastlm._C and, with FASTLM_CUDA, once for
+// fastlm._cuda, which starts kernels on a GPU (with FASTLM_EMULATED too: on their emulation, for tests).
+#include <pybind11/functional.h>
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
 #include "fastlm.h"
+#ifdef FASTLM_CUDA
+#include "cuda/launch.h"
+#endif
+#ifdef FASTLM_EMULATED
+#include "cuda/emulation/emulator.h"
+#endif
 
 namespace py = pybind11;
 using namespace fastlm;
+using namespace pybind11::literals;
 
 namespace {
 
@@ -31,15 +40,55 @@ struct Arg<Activation> {
   static Activation cast(int32_t value) { return static_cast<Activation>(value); }
 };
 
+#ifdef FASTLM_CUDA
+template <class... A>
+void bind(py::module_& m, const char* name, void (*launcher)(A...)) {
+  m.def(
+      name, [launcher](typename Arg<A>::type... args) { launcher(Arg<A>::cast(args)...); },
+      py::call_guard<py::gil_scoped_release>());
+}
+#else
 template <class... A>
 void bind(py::module_& m, const char* name, void (*Kernels::*kernel)(A...)) {
   m.def(
       name, [kernel](typename Arg<A>::type... args) { (kernels().*kernel)(Arg<A>::cast(args)...); },
       py::call_guard<py::gil_scoped_release>());
 }
+#endif
 
 }  // namespace
 
+#ifdef FASTLM_CUDA
+PYBIND11_MODULE(_cuda, m) {
+  m.doc() = "fastlm's CUDA launchers: raw pointers, sizes, strides, dtype values, GPU, stream. See csrc/fastlm.h.";
+#define X(name) bind(m, #name, &cuda::name);
+  FASTLM_CUDA_KERNELS(X)
+#undef X
+  m.def("device", [](int index) {
+    const cuda::Device& d = cuda::device(index);
+    return py::dict("arch"_a = d.arch, "sms"_a = d.sms, "shared"_a = d.shared, "shared_sm"_a = d.shared_sm,
+                    "l2"_a = d.l2);
+  });
+  // Called without the lock of the interpreter; the wrapper that pybind11 makes of a callable takes it.
+  m.def("set_loader", [](std::function<py::bytes(std::string, std::string, int)> loader) {
+    cuda::set_loader([loader](const std::string& op, const std::string& dtype, int arch) {
+      const py::gil_scoped_acquire lock;
+      return std::string(loader(op, dtype, arch));
+    });
+  });
+#ifdef FASTLM_EMULATED
+  m.def(
+      "emulate",
+      [](const std::string& order, int arch, int sms, int64_t shared, int64_t shared_sm, int64_t l2) {
+        cuda::emulate(order, {arch, sms, shared, shared_sm, l2});
+      },
+      "order"_a, "arch"_a = 90, "sms"_a = 4, "shared"_a = 227 << 10, "shared_sm"_a = 228 << 10, "l2"_a = 50 << 20);
+  m.def("record", &cuda::record);
+  m.def("records", &cuda::records);
+  m.def("instances", &cuda::instances);
+#endif
+}
+#else
 PYBIND11_MODULE(_C, m) {
   m.doc() = "fastlm's CPU kernels: raw pointers, sizes, strides, dtype values. See csrc/fastlm.h; use fastlm.ops.";
 #define X(name, top) bind(m, #name, &Kernels::name);
@@ -54,3 +103,4 @@ PYBIND11_MODULE(_C, m) {
   m.def("attention_scratch", &attention_scratch);
   m.def("cross_entropy_room", &cross_entropy_room);
 }
+#endif

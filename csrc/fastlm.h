@@ -221,3 +221,25 @@ inline int64_t attention_scratch(int64_t B, int64_t H, int64_t Hk, int64_t S, in
 }
 
 }  // namespace fastlm
+
+// --- fastlm::cuda ---------------------------------------------------------------------------------------------------
+// The launchers of csrc/cuda, in the module fastlm._cuda. The same ops: pointers to memory of one GPU, sizes and
+// strides in elements, dtype values, last the GPU's index and the stream. They start kernels and return; nothing waits.
+// To add one: declare it here, add its name to FASTLM_CUDA_KERNELS, define it in csrc/cuda/<op>.cpp, its kernels in
+// <op>.cu.
+namespace fastlm::cuda {
+
+// --- gelu
+
+/// y = act(x) for n contiguous elements of `dtype`; act: gelu or gelu_tanh.
+void gelu_forward(DType dtype, Activation activation, const void* x, void* y, int64_t n, int device, Stream stream);
+
+/// dx = dy * act'(x).
+void gelu_backward(DType dtype, Activation activation, const void* dy, const void* x, void* dx, int64_t n, int device,
+                   Stream stream);
+
+#define FASTLM_CUDA_KERNELS(X) \
+  X(gelu_forward)              \
+  X(gelu_backward)
+
+}  // namespace fastlm::cuda

@@ -59,6 +59,8 @@ class Backend:
     """What it takes of a request's features."""
     missing: Callable[[], str | None] = _always
     """Why the backend cannot be used on this machine at all, or None."""
+    unverified: bool = False
+    """Its kernels have never run on a GPU: it is there for who asks for it, and never chosen automatically."""
 
     def reasons(self, request: Request) -> list[str]:
         """What speaks against running the request; empty means nothing. The reference takes every feature."""
@@ -77,6 +79,10 @@ class Backend:
         if self.name != "reference" and not request.features <= self.features:
             found.append(f"it has no {' and no '.join(sorted(request.features - self.features))}")
         return found
+
+    def against(self, request: Request) -> list[str]:
+        """What speaks against choosing it automatically."""
+        return self.reasons(request) or (["unverified: it has never run on a GPU"] if self.unverified else [])
 
     def load(self) -> ModuleType:
         return importlib.import_module(self.module)
@@ -133,12 +139,15 @@ class Op:
             return forced, ""
         refusals = []
         for name, row in self.rows.items():
-            reasons = row.reasons(request)
+            reasons = row.against(request)
             if not reasons:
                 break
             refusals.append(f"{name}: {'; '.join(reasons)}")
         # float64 and devices no backend serves (meta, mps) belong to the reference: nothing was passed over.
-        served = any(row.devices is not None and request.device in row.devices for row in self.rows.values())
+        served = any(
+            row.devices is not None and request.device in row.devices and not row.unverified
+            for row in self.rows.values()
+        )
         expected = request.dtype is torch.float64 or not served
         if name != "reference" or expected or not refusals:
             return name, ""
@@ -162,10 +171,10 @@ class Op:
         if _forced is not None:
             return name, "asked for"
         refused = []
-        for other, reasons in self.explain(request).items():
+        for other, row in self.rows.items():
             if other == name:
                 break
-            refused.append(f"{other}: {'; '.join(reasons)}")
+            refused.append(f"{other}: {'; '.join(row.against(request))}")
         return name, f"not {', not '.join(refused)}" if refused else "first choice"
 
     def module(self, name: str) -> ModuleType:

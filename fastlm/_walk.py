@@ -1,4 +1,4 @@
-"""Tensors in the order their memory lies in: for kernels that take addresses and sizes alone, as Adam's do."""
+"""Tensors in the order their memory lies in: for kernels that take addresses, sizes and strides alone."""
 
 from __future__ import annotations
 
@@ -6,6 +6,13 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor
+
+
+def rows(tensor: Tensor) -> Tensor:
+    """(..., N) as (M, N) with a contiguous last dimension: a view where strides allow, else a copy."""
+    n = tensor.shape[-1]
+    flat = tensor.reshape(-1, n) if tensor.numel() else tensor.reshape(tensor.shape[:-1].numel(), n)
+    return flat if flat.stride(1) == 1 or n <= 1 else flat.contiguous()
 
 
 def dense(tensor: Tensor) -> bool:

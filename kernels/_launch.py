@@ -74,13 +74,6 @@ def empty(shape: Sequence[int], like: Tensor, dtype: torch.dtype | None = None) 
     return _allocate(tuple(shape), dtype or like.dtype, like.device)
 
 
-def rows(tensor: Tensor) -> Tensor:
-    """(..., N) as (M, N) with a contiguous last dimension: a view where strides allow, else a copy."""
-    n = tensor.shape[-1]
-    flat = tensor.reshape(-1, n) if tensor.numel() else tensor.reshape(tensor.shape[:-1].numel(), n)
-    return flat if flat.stride(1) == 1 or n <= 1 else flat.contiguous()
-
-
 def tile(n: int, elements: int) -> tuple[int, int]:
     """Rows and columns, powers of two, of tiles with this many elements (a power of two) that cover rows of n.
 

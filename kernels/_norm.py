@@ -34,7 +34,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastlm.kernels._launch import Target, cdiv, empty, launch, next_power_of_2, nothing, rows, target
+from fastlm._walk import rows
+from fastlm.kernels._launch import Target, cdiv, empty, launch, next_power_of_2, nothing, target
 from fastlm.kernels._random import kept, row_keys, threshold
 
 F32 = torch.float32

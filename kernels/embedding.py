@@ -21,7 +21,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastlm.kernels._launch import cdiv, empty, launch, next_power_of_2, rows, tile, unit
+from fastlm._walk import rows
+from fastlm.kernels._launch import cdiv, empty, launch, next_power_of_2, tile, unit
 
 GATHER, WARPS = 4096, 4
 """Elements of a tile of the gather: four 16-byte accesses of a 16-bit dtype a thread, to hide the wait for the ids."""

@@ -15,8 +15,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from fastlm._walk import rows
 from fastlm.kernels._activation import activate
-from fastlm.kernels._launch import cdiv, empty, launch, rows, tile, unit
+from fastlm.kernels._launch import cdiv, empty, launch, tile, unit
 
 BLOCK, WARPS = 1024, 4
 """Eight elements a thread of each tensor: one 16-byte access of a 16-bit dtype, two of float32."""

@@ -19,7 +19,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastlm.kernels._launch import cdiv, empty, launch, next_power_of_2, rows, tile, unit
+from fastlm._walk import rows
+from fastlm.kernels._launch import cdiv, empty, launch, next_power_of_2, tile, unit
 from fastlm.kernels._log_sum_exp import exp, finite_or_zero
 
 WIDEST, ELEMENTS, WARPS = 4096, 2048, 8

@@ -15,7 +15,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastlm.kernels._launch import cdiv, empty, launch, next_power_of_2, rows, unit
+from fastlm._walk import rows
+from fastlm.kernels._launch import cdiv, empty, launch, next_power_of_2, unit
 from fastlm.kernels._log_sum_exp import exp
 
 ELEMENTS = 2048

@@ -10,8 +10,9 @@ import numpy as np
 import pytest
 import torch
 
-from fastlm import native
+from fastlm import cuda, native
 from fastlm.kernels import _platform
+from tests import emulation
 
 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # without it cuBLAS refuses deterministic products
 CANARY = 256  # bytes on either side of a kernel's output
@@ -54,6 +55,8 @@ def canaries(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
         return tensor.copy_(payload)
 
     monkeypatch.setattr(native, "_allocate", allocate)
+    if not emulation.INSTALLED:  # there AddressSanitizer knows the bounds, and sees reads as well
+        monkeypatch.setattr(cuda, "_allocate", allocate)
     if _platform.missing() is None:
         monkeypatch.setattr("fastlm.kernels._launch._allocate", allocate)
     yield

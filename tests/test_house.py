@@ -21,7 +21,7 @@ FLOORS = {  # imports go down only
     "models": 4, "hf": 4,
     "nn": 3, "optim": 3,
     "ops": 2,
-    "_dispatch": 1, "native": 1, "reference": 1, "kernels": 1,
+    "_dispatch": 1, "native": 1, "cuda": 1, "reference": 1, "kernels": 1,
     "_C": 0, "_version": 0, "_malloc": 0, "_walk": 0,
 }  # fmt: skip
 PYTHON = sorted(p for p in (ROOT / "fastlm").rglob("*.py") if "kernels" not in p.parts)
@@ -75,7 +75,7 @@ def test_import_needs_torch_and_numpy_alone() -> None:
 
 @pytest.mark.parametrize("name", sorted(Op.registry))
 def test_an_op_has_the_same_name_in_every_room(name: str) -> None:
-    rooms = {"cpu": "native", "cuda": "native", "triton": "kernels", "reference": "reference"}
+    rooms = {"cpu": "native", "cuda": "cuda", "triton": "kernels", "reference": "reference"}
     rows = Op.registry[name].rows
     assert "reference" in rows
     for backend, row in rows.items():

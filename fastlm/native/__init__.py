@@ -14,6 +14,8 @@ from typing import Any
 
 import torch
 
+from fastlm._walk import rows
+
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 ACTIVATIONS = {"silu": 0, "gelu": 1, "gelu_tanh": 2}
 
@@ -84,13 +86,6 @@ def address(name: str, tensor: torch.Tensor | None, *dtypes: torch.dtype, contig
     if contiguous and not tensor.is_contiguous():
         raise ValueError(f"{name} must be contiguous, got shape {tuple(tensor.shape)}, strides {tensor.stride()}")
     return tensor.data_ptr()
-
-
-def rows(tensor: torch.Tensor) -> torch.Tensor:
-    """(..., N) as (M, N) with a contiguous last dimension: a view where strides allow, else a copy."""
-    n = tensor.shape[-1]
-    flat = tensor.reshape(-1, n) if tensor.numel() else tensor.reshape(tensor.numel() // max(n, 1), n)
-    return flat if flat.stride(1) == 1 or n <= 1 else flat.contiguous()
 
 
 def float32(tensor: torch.Tensor | None) -> torch.Tensor | None:

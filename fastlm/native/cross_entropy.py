@@ -5,7 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from fastlm.native import DTYPES, address, empty, extension, float32, rows, threads
+from fastlm._walk import rows
+from fastlm.native import DTYPES, address, empty, extension, float32, threads
 
 F32, F64, I64 = torch.float32, torch.float64, torch.int64
 

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastlm import native
+from fastlm import cuda, native
 from fastlm._dispatch import LOW_PRECISION, Backend, Op
 from fastlm.kernels import _platform
 from fastlm.ops._check import check_choice, check_floating
@@ -17,6 +17,7 @@ OP = Op(
     "gelu",
     Backend("cpu", "fastlm.native.gelu", frozenset({"cpu"}), LOW_PRECISION, missing=native.missing),
     Backend("triton", "fastlm.kernels.gelu", _platform.DEVICES, LOW_PRECISION, missing=_platform.missing),
+    Backend("cuda", "fastlm.cuda.gelu", cuda.DEVICES, LOW_PRECISION, missing=cuda.missing, unverified=True),
     Backend("reference", "fastlm.reference.gelu"),
 )
 
@@ -57,7 +58,7 @@ def gelu(x: Tensor, *, approximate: str = "none", backend: str | None = None) ->
     Args:
         x: any shape, float32, bfloat16, float16 or float64; a copy is made unless it is contiguous.
         approximate: "none" or "tanh", as torch.nn.functional.gelu.
-        backend: "cpu", "triton" or "reference"; None chooses.
+        backend: "cpu", "triton", "cuda" or "reference"; None chooses.
 
     Returns:
         The shape and dtype of x, contiguous.

@@ -1,4 +1,4 @@
-"""Where the tests of the ops run: Triton's on a GPU when there is one, and alone under its interpreter."""
+"""Where the tests of the ops run: on a GPU when there is one; alone under Triton's interpreter or CUDA's emulation."""
 
 from __future__ import annotations
 
@@ -7,12 +7,12 @@ from collections.abc import Iterator
 import pytest
 import torch
 
-from tests.ops.harness import GPU, INTERPRETED
+from tests.ops.harness import ALONE, GPU
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Under the interpreter only what runs on a backend: the rest has been seen in the other run."""
-    if INTERPRETED:
+    """Under the interpreter or emulation only what runs on a backend: the rest has been seen in the first run."""
+    if ALONE:
         kept = [i for i in items if not isinstance(i, pytest.Function) or "backend" in i.fixturenames]
         config.hook.pytest_deselected(items=[i for i in items if i not in kept])
         items[:] = kept
@@ -20,9 +20,9 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
 @pytest.fixture(autouse=True)
 def device(request: pytest.FixtureRequest) -> Iterator[None]:
-    """Tensors of a test on "triton" are made on the GPU."""
+    """Tensors of a test on "triton" or "cuda" are made on the GPU."""
     call = getattr(request.node, "callspec", None)
-    if GPU and call is not None and call.params.get("backend") == "triton":
+    if GPU and call is not None and call.params.get("backend") in ("triton", "cuda"):
         with torch.device("cuda"):
             yield
     else:

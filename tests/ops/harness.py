@@ -17,18 +17,28 @@ import torch
 from torch import Tensor
 
 import fastlm
-from fastlm import native
+from fastlm import cuda, native
 from fastlm._dispatch import Op, Request
 from fastlm.kernels import _platform
+from tests import emulation
 
 FORWARD, BACKWARD = 2.0, 3.0
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 
 INTERPRETED = _platform.INTERPRETED
 """In a run of its own, with TRITON_INTERPRET=1: the Triton kernels in Python on CPU tensors, and nothing else."""
-GPU = not INTERPRETED and _platform.missing() is None
-KERNELS = ["triton"] if INTERPRETED else [*(f"cpu-{isa}" for isa in native.isas()), *(["triton"] if GPU else [])]
-BACKENDS = KERNELS if INTERPRETED else ["reference", *KERNELS]
+EMULATED = emulation.INSTALLED
+"""In a run of its own, python -m tests.emulation: the CUDA kernels on CPU tensors, in every order of threads."""
+ALONE = INTERPRETED or EMULATED
+GPU = not ALONE and _platform.missing() is None
+if EMULATED:
+    KERNELS = [f"cuda-{order}" for order in emulation.ORDERS]
+elif INTERPRETED:
+    KERNELS = ["triton"]
+else:
+    on_gpu = [*(["triton"] if GPU else []), *(["cuda"] if cuda.missing() is None else [])]
+    KERNELS = [*(f"cpu-{isa}" for isa in native.isas()), *on_gpu]
+BACKENDS = KERNELS if ALONE else ["reference", *KERNELS]
 each_backend = pytest.mark.parametrize("backend", BACKENDS)
 each_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=lambda d: str(d).removeprefix("torch."))
 
@@ -37,17 +47,20 @@ T = TypeVar("T")
 
 
 def sizes(full: T, small: T) -> T:
-    """A large case for compiled kernels, and its small form for Triton's interpreter, which takes ms for a program."""
-    return small if INTERPRETED else full
+    """A large case for compiled kernels, and its small form for Triton's interpreter, which takes ms for a program, and
+    for the emulation of CUDA, which takes 0.1 ms for a block and more."""
+    return small if ALONE else full
 
 
 @contextmanager
 def on(backend: str) -> Iterator[None]:
-    """Within the block ops run on "reference", "triton" or "cpu-<instruction set>"."""
-    name, _, isa = backend.partition("-")
+    """Within the block ops run on "reference", "triton", "cuda", "cpu-<instruction set>" or "cuda-<order>"."""
+    name, _, form = backend.partition("-")
     before = native.isa()
-    if isa:
-        native.set_isa(isa)
+    if form and name == "cpu":
+        native.set_isa(form)
+    elif form:
+        cuda.extension().emulate(form)
     try:
         with fastlm.use_backend(name):
             yield
