@@ -84,7 +84,7 @@ def install(path: Path) -> None:
 
 
 def main() -> int:
-    arguments = sys.argv[1:] or ["-q", "tests/ops", "tests/optim"]
+    arguments = sys.argv[1:] or ["-q", "tests/cuda", "tests/ops", "tests/optim"]
     if "FASTLM_EMULATION" not in os.environ:
         build()
         # AddressSanitizer has to be the first library of the process, and finds what throws in the second.
