@@ -39,10 +39,12 @@ $(VENV)/.installed: setup.py pyproject.toml Makefile $(shell find csrc -type f)
 demo: $(VENV)/.installed
 	@$(BIN)/fastlm demo $(ARGS)
 
-# The second run has the Triton kernels compute on the CPU, in Triton's interpreter: a switch of the whole process.
+# The second run has the Triton kernels compute on the CPU, in Triton's interpreter: a switch of the whole process. The
+# third has the CUDA kernels run there, compiled with g++ and AddressSanitizer, in three orders of threads.
 test: $(VENV)/.installed
 	@$(BIN)/python -m pytest -q tests
 	@if $(BIN)/python -c "import triton" 2>/dev/null; then TRITON_INTERPRET=1 $(BIN)/python -m pytest -q tests/ops tests/optim; fi
+	@$(BIN)/python -m tests.emulation
 
 amd: $(VENV)/.installed
 	@$(BIN)/python -m bench.ahead_of_time --chip gfx942
@@ -52,7 +54,7 @@ lint: $(VENV)/.installed
 	$(BIN)/python -m ruff check .
 	$(BIN)/python -m ruff format --check .
 	$(BIN)/python -m mypy -p fastlm
-	$(BIN)/clang-format --dry-run --Werror $$(find csrc -name '*.cpp' -o -name '*.h')
+	$(BIN)/clang-format --dry-run --Werror $$(find csrc tests -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
 
 bench: $(VENV)/.installed
 	$(BIN)/python -m bench

@@ -9,9 +9,12 @@ It stays in build/emulation; ninja repeats only what changed.
 
 from __future__ import annotations
 
+import functools
 import importlib.machinery
 import importlib.util
 import os
+import platform
+import shutil
 import subprocess
 import sys
 import sysconfig
@@ -19,48 +22,75 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 SOURCE = ROOT / "csrc" / "cuda"
+PROBES = ROOT / "tests" / "cuda"
 BUILD = ROOT / "build" / "emulation"
 ORDERS = ("forward", "reversed", "shuffled")
 FLAGS = ["-std=c++17", "-O1", "-g1", "-fPIC", "-fvisibility=hidden", "-Wall", "-Wextra", "-Werror", "-fno-math-errno",
          "-ffp-contract=fast", "-mfma", "-mf16c", "-DFASTLM_CUDA", "-DFASTLM_EMULATED"]  # fmt: skip
 SANITIZE = ["-fsanitize=address,undefined", "-fno-sanitize-recover=all"]
+RUNNING = "_FASTLM_SANITIZED"
+"""Set by main() for the process that it starts again, with the sanitizer's library in front."""
 INSTALLED = False
 """Whether this process runs the CUDA kernels on CPU tensors."""
 
 
-def build(sanitize: bool = True) -> Path:
-    """The extension module, built where it is not up to date."""
+MODULE = f"_cuda{sysconfig.get_config_var('EXT_SUFFIX')}"
+PROBE = "libprobe.so"
+"""Kernels of tests/cuda/probe.cu, for the tests of the emulation itself."""
+
+
+@functools.cache
+def build() -> Path:
+    """The folder with MODULE and PROBE, built where they are not up to date."""
     import ninja
     import pybind11
 
-    folder = BUILD / ("sanitized" if sanitize else "plain")
-    folder.mkdir(parents=True, exist_ok=True)
-    target = folder / f"_cuda{sysconfig.get_config_var('EXT_SUFFIX')}"
-    extra = SANITIZE if sanitize else []
-    flags = " ".join([*FLAGS, *extra, f"-I{ROOT / 'csrc'}"])
+    BUILD.mkdir(parents=True, exist_ok=True)
+    flags = " ".join([*FLAGS, *SANITIZE, f"-I{ROOT / 'csrc'}"])
     lines = [
         "rule cxx\n  command = g++ -MMD -MF $out.d $flags -c $in -o $out\n  depfile = $out.d\n  deps = gcc",
-        f"rule link\n  command = g++ -shared {' '.join(extra)} -o $out $in",
+        f"rule link\n  command = g++ -shared {' '.join(SANITIZE)} -o $out $in",
     ]
-    objects = []
 
-    def compile_unit(source: Path, name: str, flags: str) -> None:
-        objects.append(folder / f"{name}.o")
-        lines.append(f"build {objects[-1]}: cxx {source}\n  flags = {flags}")
+    def compile_unit(source: Path, name: str, flags: str) -> str:
+        lines.append(f"build {name}.o: cxx {source}\n  flags = {flags}")
+        return f"{name}.o"
 
-    for source in [*sorted(SOURCE.glob("*.cpp")), SOURCE / "emulation" / "emulator.cpp"]:
-        if source.name != "driver.cpp":
-            compile_unit(source, source.stem, flags)
-    for source in sorted(SOURCE.glob("*.cu")):
+    def kernels(source: Path) -> list[str]:
+        """One unit for each dtype, its namespace fastlm::cuda renamed: on a GPU every unit is a program of its own, and
+        here the linker would take one unit's inline functions for those of all."""
+        op, objects = source.stem, []
         for dtype in range(3):
-            unit = f"{flags} -x c++ -DFASTLM_OP='\"{source.stem}\"' -DFASTLM_DTYPE={dtype}"
-            compile_unit(source, f"{source.stem}.{dtype}", unit)
+            unit = f"-x c++ -DFASTLM_OP='\"{op}\"' -DFASTLM_DTYPE={dtype} -Dcuda=cuda_{op}_{dtype}"
+            objects.append(compile_unit(source, f"{op}.{dtype}", f"{flags} {unit}"))
+        return objects
+
+    common = [SOURCE / "launch.cpp", SOURCE / "emulation" / "emulator.cpp"]
+    shared = [compile_unit(source, source.stem, flags) for source in common]
     includes = f"-I{pybind11.get_include()} -I{sysconfig.get_paths()['include']} -I{ROOT / 'csrc'}"
-    compile_unit(ROOT / "csrc" / "bindings.cpp", "bindings", " ".join([*FLAGS, includes]))
-    lines.append(f"build {target}: link {' '.join(map(str, objects))}")
-    (folder / "build.ninja").write_text("\n".join(lines) + "\n")
-    subprocess.run([Path(ninja.BIN_DIR) / "ninja", "-C", folder, "--quiet"], check=True)
-    return target
+    objects = [*shared, compile_unit(ROOT / "csrc" / "bindings.cpp", "bindings", " ".join([*FLAGS, includes]))]
+    for source in sorted(SOURCE.glob("*.cpp")):
+        if source not in common and source.name != "driver.cpp":
+            objects.append(compile_unit(source, source.stem, flags))
+    for source in sorted(SOURCE.glob("*.cu")):
+        objects += kernels(source)
+    lines.append(f"build {MODULE}: link {' '.join(objects)}")
+    probe = [*shared, compile_unit(PROBES / "probe.cpp", "probe", flags), *kernels(PROBES / "probe.cu")]
+    lines.append(f"build {PROBE}: link {' '.join(probe)}")
+    (BUILD / "build.ninja").write_text("\n".join(lines) + "\n")
+    # Neither the compiler nor ninja is what is examined.
+    environment = {name: value for name, value in os.environ.items() if name != "LD_PRELOAD"}
+    subprocess.run([Path(ninja.BIN_DIR) / "ninja", "-C", BUILD, "--quiet"], check=True, env=environment)
+    return BUILD
+
+
+def missing() -> str | None:
+    """Why the emulation cannot run here, or None."""
+    if sys.platform != "linux" or platform.machine() != "x86_64":
+        return f"it switches threads in the way of Linux on x86-64, this is {sys.platform} on {platform.machine()}"
+    if shutil.which("g++") is None:
+        return "there is no g++"
+    return None
 
 
 def install(path: Path) -> None:
@@ -85,7 +115,11 @@ def install(path: Path) -> None:
 
 def main() -> int:
     arguments = sys.argv[1:] or ["-q", "tests/cuda", "tests/ops", "tests/optim"]
-    if "FASTLM_EMULATION" not in os.environ:
+    reason = missing()
+    if reason is not None:
+        print(f"the CUDA kernels are not emulated: {reason}")
+        return 0
+    if RUNNING not in os.environ:
         build()
         # AddressSanitizer has to be the first library of the process, and finds what throws in the second.
         libraries = [
@@ -96,7 +130,7 @@ def main() -> int:
         ]
         environment = {
             **os.environ,
-            "FASTLM_EMULATION": "1",
+            RUNNING: "1",
             "LD_PRELOAD": " ".join(libraries),
             "ASAN_OPTIONS": "detect_leaks=0:alloc_dealloc_mismatch=0:quarantine_size_mb=64",
             "UBSAN_OPTIONS": "print_stacktrace=1",
@@ -106,7 +140,7 @@ def main() -> int:
 
     from tests import emulation
 
-    emulation.install(build())
+    emulation.install(build() / MODULE)
     return pytest.main(["--capture=sys", *arguments])  # the sanitizers write to stderr as they end the process
 
 

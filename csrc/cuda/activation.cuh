@@ -13,7 +13,8 @@ struct ValueSlope {
 __device__ __forceinline__ float sigmoid(float x) { return reciprocal_fast(exp2_fast(-LOG2_E * x) + 1); }
 
 /// x * Phi(x). Phi(-a) = exp(-a^2 / 2) t P(t), t = 1 / (1 + c a), for a = |x|: the form of Abramowitz and Stegun 7.1.26
-/// with the polynomials of csrc/cpu/simd_math.h. The lower tail keeps its relative precision, which (1 + erf) / 2 loses.
+/// with the polynomials of csrc/cpu/simd_math.h. The lower tail keeps its relative precision, which (1 + erf) / 2
+/// loses.
 template <bool ACCURATE>
 __device__ __forceinline__ ValueSlope gelu(float x) {
   const float a = fabsf(x), e = exp2_fast(x * x * (-0.5f * LOG2_E));

@@ -12,16 +12,16 @@
 
 #ifdef FASTLM_EMULATED
 #include "cuda/emulation/simt.h"
-#define FASTLM_KERNEL(name, variant, threads, blocks, Arguments, ...)                                 \
-  static const int name##_##variant##_is_there = ::simt::add(                                         \
-      FASTLM_OP, FASTLM_DTYPE, #name "_" #variant,                                                    \
+#define FASTLM_KERNEL(name, variant, threads, blocks, Arguments, ...) \
+  static const int name##_##variant##_is_there = ::simt::add(         \
+      FASTLM_OP, FASTLM_DTYPE, #name "_" #variant,                    \
       {[](const void* a) { __VA_ARGS__(*static_cast<const Arguments*>(a)); }, threads, sizeof(Arguments)});
 #define FASTLM_UNROLL
 #else
-#define FASTLM_KERNEL(name, variant, threads, blocks, Arguments, ...)                    \
-  extern "C" __global__ void __launch_bounds__(threads, blocks)                          \
-      name##_##variant(const __grid_constant__ Arguments arguments) {                    \
-    __VA_ARGS__(arguments);                                                              \
+#define FASTLM_KERNEL(name, variant, threads, blocks, Arguments, ...) \
+  extern "C" __global__ void __launch_bounds__(threads, blocks)       \
+      name##_##variant(const __grid_constant__ Arguments arguments) { \
+    __VA_ARGS__(arguments);                                           \
   }
 #define FASTLM_UNROLL _Pragma("unroll")
 #endif
@@ -81,9 +81,7 @@ __device__ __forceinline__ void from_float(bfloat16& y, float x) {
 #endif
 __device__ __forceinline__ float to_float(float x) { return x; }
 __device__ __forceinline__ void from_float(float& y, float x) { y = x; }
-__device__ __forceinline__ float to_float(bfloat16 x) {
-  return __uint_as_float(static_cast<uint32_t>(x.bits) << 16);
-}
+__device__ __forceinline__ float to_float(bfloat16 x) { return __uint_as_float(static_cast<uint32_t>(x.bits) << 16); }
 /// x rounded to the nearest T, ties to even.
 template <class T>
 __device__ __forceinline__ T round_to(float x) {

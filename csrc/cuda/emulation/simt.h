@@ -44,8 +44,8 @@ inline uint64_t exchange[MAX_WARPS][2][32];
 
 /// Waits until the scheduler finds that the barrier is complete.
 void wait(State barrier, int site);
-/// Ends the launch with an error.
-[[noreturn]] void fail(const std::string& message);
+/// Ends the launch with an error, from inside a kernel: does not return, though AddressSanitizer is not told so.
+void fail(const std::string& message);
 
 /// Every lane of the warp gives a value and may read those of all others.
 template <class T>
