@@ -18,6 +18,7 @@ triton = pytest.importorskip("triton")
 if _platform.INTERPRETED:
     pytest.skip("kernels loaded for the interpreter do not compile", allow_module_level=True)
 
+from bench import binaries  # noqa: E402
 from bench.ahead_of_time import Case, _gate, meta  # noqa: E402
 from fastlm.kernels import _launch, gelu  # noqa: E402
 
@@ -95,7 +96,7 @@ def test_reads_a_disassembly() -> None:
         /*0170*/                   HGMMA.64x128x16.F32.BF16 R24, gdesc[UR8], R24 ;
         /*0180*/                   UTCHMMA gdesc[UR4], gdesc[UR6], tmem[UR8] ;
     """
-    assert _gate.read_sass(text) == {
+    assert binaries.read_sass(text) == {
         "spills": 1,
         "wgmma": 1,
         "tcgen05": 1,
@@ -155,18 +156,20 @@ def test_the_cache_depends_on_all_a_binary_depends_on() -> None:
 def test_differences_name_what_changed() -> None:
     old = {"gelu": {"a: _forward": {"sm_80": GOOD, "sm_90": GOOD}, "b: _forward": {"sm_90": GOOD}}}
     new = {"gelu": {"a: _forward": {"sm_90": GOOD | {"registers": 99}}, "c: _forward": {"sm_90": GOOD}}}
-    assert _gate.differences(old, new) == [
+    assert binaries.differences(old, new, _gate.DEFAULT) == [
         "gelu a: _forward on sm_90: registers 128 -> 99",
         "gelu b: _forward on sm_90: is in the table alone",
         "gelu c: _forward on sm_90: is not in the table",
     ]
-    assert _gate.differences(old, old) == []
+    assert binaries.differences(old, old, _gate.DEFAULT) == []
 
 
-def test_saving_replaces_what_was_compiled_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(_gate, "COMMITTED", tmp_path / "table.json")
-    _gate.save({"gelu": {"a: _forward": {"sm_80": GOOD, "sm_90": GOOD}}, "rope": {"a: _forward": {"sm_90": GOOD}}})
-    _gate.save({"gelu": {"b: _forward": {"sm_90": GOOD}}})
-    saved = _gate.committed()[triton.__version__]
+def test_saving_replaces_what_was_compiled_alone(tmp_path: Path) -> None:
+    table = binaries.Committed(tmp_path / "table.json")
+    table.save("1", {"gelu": {"a": {"sm_80": GOOD, "sm_90": GOOD}}, "rope": {"a": {"sm_90": GOOD}}})
+    table.save("2", {"gelu": {"a": {"sm_80": GOOD}}})
+    assert '"sm_80 sm_90": {' in table.path.read_text(), "chips of equal figures share a line"
+    table.save("1", {"gelu": {"b": {"sm_90": GOOD}}})
+    saved = table.read()["1"]
     assert Counter({op: len(kernels) for op, kernels in saved.items()}) == {"gelu": 2, "rope": 1}
-    assert set(saved["gelu"]["a: _forward"]) == {"sm_80"}, "what was compiled for sm_90 and is no longer there"
+    assert set(saved["gelu"]["a"]) == {"sm_80"}, "what was compiled for sm_90 and is no longer there"

@@ -20,11 +20,8 @@ import time
 
 import triton
 
+from bench import binaries
 from bench.ahead_of_time import _gate
-
-
-def widths(counts: dict[str, int]) -> str:
-    return " ".join(f"{width}x{count}" for width, count in counts.items()) or "-"
 
 
 def main() -> int:
@@ -34,7 +31,7 @@ def main() -> int:
     parser.add_argument("ops", nargs="*", metavar="op", help=f"any of: {', '.join(_gate.OPS)}")
     parser.add_argument("--chip", action="append", choices=list(_gate.CHIPS), help="default: the three of NVIDIA")
     parser.add_argument("--processes", type=int, default=min(os.cpu_count() or 1, 8), help="compilations at a time")
-    parser.add_argument("--save", action="store_true", help=f"write {_gate.COMMITTED.relative_to(_gate.ROOT)}")
+    parser.add_argument("--save", action="store_true", help=f"write {_gate.TABLE.path.relative_to(_gate.ROOT)}")
     parser.add_argument("--json", action="store_true", help="print complaints and differences as JSON, for the tests")
     options = parser.parse_args()
     unknown = [op for op in options.ops if op not in _gate.OPS]
@@ -45,8 +42,8 @@ def main() -> int:
     figures = _gate.compile_all(rows, options.processes)
     broken = [f"{row}: {what}" for row, f in zip(rows, figures, strict=True) for what in _gate.complaints(row, f)]
     now = _gate.table(rows, figures)
-    old = _gate.committed().get(triton.__version__)
-    changed = [] if old is None else _gate.differences(old, now)
+    old = _gate.TABLE.read().get(triton.__version__)
+    changed = [] if old is None else binaries.differences(old, now, _gate.DEFAULT)
     if options.json:
         document = {"triton": triton.__version__, "known": old is not None, "rows": len(rows)}
         print(json.dumps({**document, "complaints": broken, "differences": changed}))
@@ -58,11 +55,11 @@ def main() -> int:
             matrix = " ".join(f"{k} {f[k]}" for k in ("wgmma", "mma", "tcgen05") if f.get(k)) or "-"
             print(
                 f"{row.chip:7} {f['registers']:5} {f['threads']:5} {f['shared']:7} {f['local']:6} {f['spills']:6} "
-                f"{matrix:>12}  {widths(f.get('loads', {})):22} {widths(f.get('stores', {})):18} "
+                f"{matrix:>12}  {binaries.widths(f.get('loads', {})):22} {binaries.widths(f.get('stores', {})):18} "
                 f"{row.op} {row.case.name}: {row.kernel}"
             )
     if options.save:
-        _gate.save(now)
+        _gate.TABLE.save(triton.__version__, now)
     elif changed:
         print("\nother than in the committed table:", *changed, sep="\n  ")
     if broken:

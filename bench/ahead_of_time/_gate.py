@@ -16,7 +16,6 @@ import inspect
 import json
 import os
 import re
-import subprocess
 import sys
 import tempfile
 import time
@@ -32,13 +31,14 @@ import triton.language as tl
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
+from bench import binaries
 from bench.ahead_of_time import Case
+from bench.binaries import REGISTERS, Figures
 from fastlm.kernels._launch import OPTIONS, Launch, Target, recording
 
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parent.parent
 CACHE = ROOT / "build" / "ahead_of_time"
-COMMITTED = ROOT / "bench" / "results" / "ahead_of_time.json"
 OPS = sorted(p.stem for p in HERE.glob("[a-z]*.py"))
 
 CHIPS = {
@@ -48,10 +48,6 @@ CHIPS = {
     "gfx942": Target("hip", 0, 304, 64 << 10),  # MI300X
 }
 DEFAULT = ("sm_80", "sm_90", "sm_100")
-REGISTERS = 65536
-"""32-bit registers of a multiprocessor, on every chip above that starts with sm."""
-
-Figures = dict[str, Any]
 
 
 class Row(NamedTuple):
@@ -204,66 +200,15 @@ def compile_one(launch: Launch, chip: str, folder: Path) -> Figures:
     if target.backend == "hip":
         figures |= read_amdgcn(compiled.asm["amdgcn"])
     else:
-        figures |= read_cubin(compiled.asm["cubin"], folder)
+        path = folder / "kernel.cubin"
+        path.write_bytes(compiled.asm["cubin"])
+        figures |= next(iter(binaries.read_cubin(path).values()))
     figures["shared"] = max(figures["shared"], compiled.metadata.shared)
     figures["seconds"] = round(time.perf_counter() - start, 1)
     return figures
 
 
 # --- reading ---------------------------------------------------------------------------------------------------------
-
-
-def _tool(name: str, *arguments: str) -> str:
-    path = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / name
-    return subprocess.run([path, *arguments], capture_output=True, text=True, check=True).stdout
-
-
-def read_cubin(cubin: bytes, folder: Path) -> Figures:
-    path = folder / "kernel.cubin"
-    path.write_bytes(cubin)
-    found = re.search(r"REG:(\d+) STACK:(\d+) SHARED:(\d+) LOCAL:(\d+)", _tool("cuobjdump", "-res-usage", str(path)))
-    if found is None:
-        raise RuntimeError("cuobjdump -res-usage printed no figures")
-    registers, stack, shared, local = map(int, found.groups())
-    return {"registers": registers, "local": stack + local, "shared": shared} | read_sass(
-        _tool("nvdisasm", "-c", str(path))
-    )
-
-
-def read_sass(text: str) -> Figures:
-    """Spilling instructions, products on the matrix unit, and accesses of global memory by their width in bytes."""
-    instructions = re.findall(r"/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z][\w.]*)", text)
-    names: Counter[str] = Counter()
-    widths = {"loads": Counter[int](), "stores": Counter[int]()}
-    for instruction in instructions:
-        name, *modifiers = instruction.split(".")
-        names[name] += 1
-        if name in ("LDG", "STG", "LDGSTS"):
-            widths["stores" if name == "STG" else "loads"][access_width(modifiers)] += 1
-        elif name == "UTMALDG" or name == "UBLKCP":
-            widths["loads"][16] += 1
-        elif name == "UTMASTG":
-            widths["stores"][16] += 1
-    figures: Figures = {"spills": names["STL"] + names["LDL"]}
-    matrix = {"wgmma": "HGMMA", "mma": "HMMA", "tcgen05": r"UTC\w*MMA"}
-    for key, pattern in matrix.items():
-        count = sum(n for name, n in names.items() if re.fullmatch(pattern, name))
-        if count:
-            figures[key] = count
-    for key, counts in widths.items():
-        figures[key] = {str(width): counts[width] for width in sorted(counts, reverse=True)}
-    atomics = names["RED"] + names["REDG"] + names["ATOM"] + names["ATOMG"]
-    if atomics:
-        figures["atomics"] = atomics
-    return figures
-
-
-def access_width(modifiers: list[str]) -> int:
-    """Bytes of a load or store, by the modifiers of its instruction; .64 of the address comes after a space."""
-    for modifier in modifiers:
-        if modifier in ("U8", "S8", "U16", "S16", "64", "128", "256"):
-            return int(modifier.lstrip("US")) // 8
-    return 4
 
 
 def read_amdgcn(text: str) -> Figures:
@@ -285,8 +230,7 @@ def read_amdgcn(text: str) -> Figures:
 @functools.cache
 def _reading() -> str:
     """The code above that figures depend on."""
-    parts = (source, compile_one, read_cubin, read_sass, access_width, read_amdgcn)
-    return "".join(inspect.getsource(part) for part in parts)
+    return "".join(inspect.getsource(part) for part in (source, compile_one, read_amdgcn, *binaries.READING))
 
 
 # --- judging ---------------------------------------------------------------------------------------------------------
@@ -324,58 +268,13 @@ def complaints(row: Row, figures: Figures) -> list[str]:
 
 # --- the committed table ---------------------------------------------------------------------------------------------
 
-Table = dict[str, dict[str, dict[str, Figures]]]
-"""Figures by op, case and kernel, chip."""
+TABLE = binaries.Committed(ROOT / "bench" / "results" / "ahead_of_time.json")
+"""By version of Triton; rows are case and kernel."""
 
 
-def committed() -> dict[str, Table]:
-    """By version of Triton."""
-    return json.loads(COMMITTED.read_text()) if COMMITTED.exists() else {}
-
-
-def table(rows: list[Row], figures: list[Figures]) -> Table:
-    result: Table = {}
+def table(rows: list[Row], figures: list[Figures]) -> binaries.Table:
+    result: binaries.Table = {}
     for row, values in zip(rows, figures, strict=True):
         kept = {name: value for name, value in values.items() if name != "seconds"}
         result.setdefault(row.op, {}).setdefault(f"{row.case.name}: {row.kernel}", {})[row.chip] = kept
     return result
-
-
-def differences(old: Table, new: Table) -> list[str]:
-    """What the committed table says of the ops and chips in new, and new does not, and the other way round."""
-    found = []
-    chips = {chip for kernels in new.values() for by_chip in kernels.values() for chip in by_chip} & set(DEFAULT)
-    for op in new:
-        was, now = old.get(op, {}), new[op]
-        for name in sorted({*was, *now}):
-            for chip in sorted(chips):
-                a, b = was.get(name, {}).get(chip), now.get(name, {}).get(chip)
-                if a != b:
-                    changed = [k for k in {**(a or {}), **(b or {})} if (a or {}).get(k) != (b or {}).get(k)]
-                    text = ", ".join(f"{k} {(a or {}).get(k)} -> {(b or {}).get(k)}" for k in changed)
-                    what = "is not in the table" if a is None else "is in the table alone" if b is None else text
-                    found.append(f"{op} {name} on {chip}: {what}")
-    return found
-
-
-def save(new: Table) -> None:
-    """Replaces the ops' figures on the chips that were compiled for. One line a chip, sorted: diffs stay short."""
-    document = committed()
-    old = document.setdefault(triton.__version__, {})
-    chips = {chip for kernels in new.values() for by_chip in kernels.values() for chip in by_chip}
-    for op, kernels in new.items():
-        before = old.get(op, {})
-        kept = {name: {c: f for c, f in by.items() if c not in chips} for name, by in before.items()}
-        for name, by_chip in kernels.items():
-            kept.setdefault(name, {}).update(by_chip)
-        old[op] = {name: by for name, by in kept.items() if by}
-    COMMITTED.parent.mkdir(exist_ok=True)
-    COMMITTED.write_text(_dump(document, depth=4) + "\n")
-
-
-def _dump(value: Any, depth: int, indent: str = "") -> str:
-    if depth == 0 or not isinstance(value, dict):
-        return json.dumps(value)
-    inner = indent + " "
-    lines = [f"{inner}{json.dumps(key)}: {_dump(value[key], depth - 1, inner)}" for key in sorted(value)]
-    return "{\n" + ",\n".join(lines) + f"\n{indent}}}"
