@@ -1,0 +1,238 @@
+"""Compiles csrc/cuda for every chip and looks at what came out, without a GPU.
+
+    python -m bench.cuda_binaries                       every op, sm_80 to sm_120
+    python -m bench.cuda_binaries gelu adam             some of them
+    python -m bench.cuda_binaries --chip sm_90a         one chip
+    python -m bench.cuda_binaries --save                also write bench/results/cuda_binaries.json
+
+Prints, for each instance of each kernel, registers and threads, bytes of static shared memory, and accesses of global
+memory by width in bytes; says what breaks the rules (complaints()) and exits with 1. What a compilation gave is kept in
+build/cuda_binaries under a digest of all it came from.
+"""
+
+from __future__ import annotations
+
+import argparse
+import functools
+import hashlib
+import inspect
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterable
+from concurrent.futures import ThreadPoolExecutor
+from importlib.util import find_spec
+from pathlib import Path
+from typing import NamedTuple
+
+from bench import binaries
+from bench.binaries import REGISTERS, Figures
+
+ROOT = Path(__file__).resolve().parent.parent
+CSRC = ROOT / "csrc"
+CACHE = ROOT / "build" / "cuda_binaries"
+TABLE = binaries.Committed(ROOT / "bench" / "results" / "cuda_binaries.json")
+"""By version of CUDA; rows are dtype and instance."""
+
+OPS = sorted(p.stem for p in (CSRC / "cuda").glob("*.cu"))
+DTYPES = ("float32", "bfloat16", "float16")
+CHIPS = ("sm_80", "sm_86", "sm_89", "sm_90a", "sm_100", "sm_120")
+
+NARROW = {
+    "gelu": r"gelu_(forward|backward)_[02]",  # unaligned addresses
+}
+"""By op, the instances (the whole name) that need have no access of 16 bytes: what moves element by element."""
+
+
+# --- compiling -------------------------------------------------------------------------------------------------------
+
+
+@functools.cache
+def nvcc() -> str:
+    found = shutil.which("nvcc")
+    if found is None:
+        raise FileNotFoundError(missing())
+    return found
+
+
+@functools.cache
+def version() -> str:
+    """Of CUDA: what compiles the same source to the same instructions."""
+    said = subprocess.run([nvcc(), "--version"], capture_output=True, text=True, check=True).stdout
+    return said.split("release ")[1].split(",")[0]
+
+
+def missing() -> str | None:
+    """Why nothing can be compiled or read here, or None."""
+    if shutil.which("nvcc") is None:
+        return "nvcc is not on PATH"
+    return None if find_spec("triton") else "Triton is not installed, which brings the disassembler"
+
+
+FLAGS = ("-std=c++17", "-O3", "-Werror", "all-warnings")
+
+
+def compile(op: str, dtype: str, chip: str) -> bytes:
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder, "kernel.cubin")
+        command = [nvcc(), "-cubin", *FLAGS, f"-I{CSRC}", f"-DFASTLM_DTYPE={DTYPES.index(dtype)}", f"-arch={chip}"]
+        run = subprocess.run([*command, "-o", path, CSRC / "cuda" / f"{op}.cu"], capture_output=True, text=True)
+        if run.returncode:
+            raise RuntimeError((run.stderr + run.stdout).strip())
+        return path.read_bytes()
+
+
+def sources(path: Path) -> list[Path]:
+    """The file and every header of csrc that it includes, itself or through others."""
+    found = [path]
+    for source in found:
+        for name in re.findall(r'^#include "([^"]+)"', source.read_text(), re.MULTILINE):
+            if (CSRC / name).is_file() and CSRC / name not in found:
+                found.append(CSRC / name)
+    return found
+
+
+class Job(NamedTuple):
+    op: str
+    dtype: str
+    chip: str
+
+    def digest(self) -> str:
+        text = [path.read_text() for path in sorted(sources(CSRC / "cuda" / f"{self.op}.cu"))]
+        reading = "".join(inspect.getsource(part) for part in (compile, read, *binaries.READING))
+        return hashlib.sha256(repr([*self, version(), FLAGS, reading, text]).encode()).hexdigest()[:32]
+
+
+def read(cubin: bytes) -> dict[str, Figures]:
+    """By instance."""
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder, "kernel.cubin")
+        path.write_bytes(cubin)
+        figures, bounds = binaries.read_cubin(path), binaries.launch_bounds(path)
+    return {
+        name: {"registers": f["registers"], "most": bounds[name][1], "threads": bounds[name][0]} | f
+        for name, f in figures.items()
+    }
+
+
+def figures(job: Job) -> dict[str, Figures]:
+    """By instance; of an op that does not compile the error, under the op's name."""
+    path = CACHE / job.digest()
+    if not path.exists():
+        try:
+            found = read(compile(*job))
+        except RuntimeError as error:
+            return {job.op: {"error": str(error)}}
+        CACHE.mkdir(parents=True, exist_ok=True)
+        part = path.with_suffix(f".{os.getpid()}")
+        part.write_text(json.dumps(found))
+        part.replace(path)  # another run never sees half a file
+    return json.loads(path.read_text())
+
+
+# --- judging ---------------------------------------------------------------------------------------------------------
+
+
+def complaints(op: str, instance: str, f: Figures) -> list[str]:
+    """What an instance's figures break; empty means nothing."""
+    if "error" in f:
+        return [f"does not compile: {f['error']}"]
+    found = []
+    if f["spills"] or f["local"]:
+        found.append(f"{f['spills']} spilling instructions, {f['local']} bytes of local memory")
+    if f["registers"] > f["most"] or f["registers"] * f["threads"] > REGISTERS:
+        found.append(f"{f['registers']} registers for {f['threads']} threads, {f['most']} allowed")
+    if not wide(f) and not re.fullmatch(NARROW.get(op, ""), instance):
+        found.append("no access of 16 bytes, and NARROW does not name it")
+    if f.get("float atomics"):
+        found.append("atomics on floats: their order changes the bits")
+    return found
+
+
+def wide(f: Figures) -> bool:
+    return bool({"16", "32"} & {*f["loads"], *f["stores"]})
+
+
+def unused(rows: dict[Job, dict[str, Figures]]) -> list[str]:
+    """Exceptions that nothing needs: instances that NARROW names and that are wide, ops of which it names none."""
+    found = []
+    for op in {job.op for job in rows} & {*NARROW}:
+        named: dict[str, list[bool]] = {}
+        for job, instances in rows.items():
+            for instance, f in instances.items():
+                if job.op == op and re.fullmatch(NARROW[op], instance) and "error" not in f:
+                    named.setdefault(instance, []).append(wide(f))
+        found += [instance for instance, each in named.items() if all(each)] if named else [op]
+    return sorted(found)
+
+
+def table(rows: dict[Job, dict[str, Figures]]) -> binaries.Table:
+    """What is zero wherever the rules hold is left out."""
+    result: binaries.Table = {}
+    for (op, dtype, chip), instances in rows.items():
+        for instance, f in instances.items():
+            kept = {name: value for name, value in f.items() if value or name not in ("local", "shared", "spills")}
+            result.setdefault(op, {}).setdefault(f"{dtype} {instance}", {})[chip] = kept
+    return result
+
+
+def collect(ops: Iterable[str], chips: Iterable[str], processes: int) -> dict[Job, dict[str, Figures]]:
+    chips = list(chips)
+    jobs = [Job(op, dtype, chip) for op in ops for dtype in DTYPES for chip in chips]
+    with ThreadPoolExecutor(processes) as pool:
+        return dict(zip(jobs, pool.map(figures, jobs), strict=True))
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(
+        prog="python -m bench.cuda_binaries", description=__doc__, formatter_class=argparse.RawTextHelpFormatter
+    )
+    parser.add_argument("ops", nargs="*", metavar="op", help=f"any of: {', '.join(OPS)}")
+    parser.add_argument("--chip", action="append", choices=CHIPS, help="default: all")
+    parser.add_argument("--processes", type=int, default=min(os.cpu_count() or 1, 8), help="compilations at a time")
+    parser.add_argument("--save", action="store_true", help=f"write {TABLE.path.relative_to(ROOT)}")
+    parser.add_argument("--json", action="store_true", help="print complaints and differences as JSON, for the tests")
+    options = parser.parse_args()
+    unknown = [op for op in options.ops if op not in OPS]
+    if unknown:
+        parser.error(f"no op {', '.join(unknown)}; choose from {', '.join(OPS)}")
+    start = time.perf_counter()
+    rows = collect(options.ops or OPS, options.chip or CHIPS, options.processes)
+    broken = [
+        f"{job.op} {job.dtype} {instance} on {job.chip}: {what}"
+        for job, instances in rows.items()
+        for instance, f in instances.items()
+        for what in complaints(job.op, instance, f)
+    ]
+    now, old = table(rows), TABLE.read().get(version())
+    changed = [] if old is None else binaries.differences(old, now, CHIPS)
+    count = sum(map(len, rows.values()))
+    if options.json:
+        document = {"cuda": version(), "known": old is not None, "rows": count}
+        print(json.dumps({**document, "complaints": broken, "differences": changed, "unused": unused(rows)}))
+        return int(bool(broken))
+    print(f"{'chip':7} {'regs':>4} {'most':>4} {'thr':>4} {'shared':>6}  {'loads':22} {'stores':22} instance")
+    for job, instances in rows.items():
+        for instance, f in instances.items():
+            if "error" not in f:
+                print(
+                    f"{job.chip:7} {f['registers']:4} {f['most']:4} {f['threads']:4} {f['shared']:6}  "
+                    f"{binaries.widths(f['loads']):22} {binaries.widths(f['stores']):22} {job.dtype} {instance}"
+                )
+    if options.save:
+        TABLE.save(version(), now)
+    elif changed:
+        print("\nother than in the committed table:", *changed, sep="\n  ")
+    if broken:
+        print("\nbroken rules:", *broken, sep="\n  ")
+    print(f"\n{count} instances from {len(rows)} compilations, CUDA {version()}, {time.perf_counter() - start:.0f} s")
+    return int(bool(broken))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,156 @@
+"""Every CUDA kernel compiles for every chip, and what comes out keeps the rules, without a GPU."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from bench import binaries, cuda_binaries
+from fastlm.kernels import _platform
+from tests import emulation
+
+if _platform.INTERPRETED or emulation.INSTALLED:
+    pytest.skip("nothing of it runs another way in this run", allow_module_level=True)
+if cuda_binaries.missing():
+    pytest.skip(str(cuda_binaries.missing()), allow_module_level=True)
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+@pytest.fixture(scope="module")
+def gate() -> dict[str, Any]:
+    """What the gate says of every kernel."""
+    run = subprocess.run(
+        [sys.executable, "-m", "bench.cuda_binaries", "--json"], cwd=ROOT, capture_output=True, text=True
+    )
+    assert run.stdout, run.stderr
+    return json.loads(run.stdout)
+
+
+def test_no_kernel_breaks_a_rule(gate: dict[str, Any]) -> None:
+    assert gate["rows"]
+    assert not gate["complaints"], "\n".join(gate["complaints"])
+
+
+def test_figures_are_the_committed_ones(gate: dict[str, Any]) -> None:
+    if not gate["known"]:
+        pytest.skip(f"no figures of CUDA {gate['cuda']} are committed; the rules held")
+    hint = "\nlook at them, then: python -m bench.cuda_binaries <op> --save"
+    assert not gate["differences"], "\n".join(gate["differences"]) + hint
+
+
+# --- the gate itself -------------------------------------------------------------------------------------------------
+
+GOOD = {
+    "registers": 64, "most": 64, "threads": 256, "local": 0, "shared": 0, "spills": 0, "loads": {"16": 2},
+    "stores": {"2": 1},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("figures", "said"),
+    [
+        ({}, []),
+        ({"error": "expected a ';'"}, ["does not compile: expected a ';'"]),
+        ({"spills": 3, "local": 8}, ["3 spilling instructions, 8 bytes of local memory"]),
+        ({"local": 8}, ["0 spilling instructions, 8 bytes"]),
+        ({"registers": 72}, ["72 registers for 256 threads, 64 allowed"]),
+        ({"registers": 128, "most": 128, "threads": 1024}, ["128 registers for 1024 threads"]),
+        ({"loads": {"8": 1, "2": 3}}, ["no access of 16 bytes"]),
+        ({"loads": {}, "stores": {"32": 1}}, []),
+        ({"atomics": 2}, []),
+        ({"atomics": 2, "float atomics": 1}, ["atomics on floats"]),
+    ],
+)
+def test_what_breaks_a_rule(figures: dict[str, Any], said: list[str]) -> None:
+    found = cuda_binaries.complaints("op", "kernel_1", GOOD | figures)
+    assert len(found) == len(said)
+    for text, part in zip(found, said, strict=True):
+        assert part in text
+
+
+def test_an_instance_that_may_be_narrow_is_named_in_whole() -> None:
+    narrow = GOOD | {"loads": {"2": 1}}
+    assert not cuda_binaries.complaints("gelu", "gelu_forward_0", narrow)
+    assert cuda_binaries.complaints("gelu", "gelu_forward_1", narrow)
+    assert cuda_binaries.complaints("gelu", "gelu_forward_01", narrow)
+
+
+def test_every_name_of_an_exception_is_an_instance_that_needs_it(gate: dict[str, Any]) -> None:
+    assert not gate["unused"], f"NARROW names what is wide or not there: {gate['unused']}"
+
+
+ATOMICS = """
+        /*0110*/                   RED.E.ADD.F32.FTZ.RN.STRONG.GPU desc[UR4][R2.64], R5 ;
+        /*0120*/              @!P0 ATOMG.E.ADD.STRONG.GPU PT, R4, desc[UR4][R2.64], R5 ;
+        /*0130*/                   REDG.E.ADD.BF16_V2.RN.STRONG.GPU desc[UR4][R2.64], R5 ;
+        /*0140*/                   ATOMG.E.ADD.F16x2.RN.STRONG.GPU PT, RZ, [R2], R5 ;
+"""
+
+
+def test_atomics_on_floats_are_told_from_others() -> None:
+    assert {k: v for k, v in binaries.read_sass(ATOMICS).items() if v} == {"atomics": 4, "float atomics": 3}
+
+
+KERNELS = """
+#include "cuda/other.h"
+extern "C" __global__ void __launch_bounds__(256, 4) wide(const uint4* x, uint4* y) {
+  __shared__ uint4 kept[SIZE];
+  kept[threadIdx.x] = x[threadIdx.x];
+  __syncthreads();
+  y[threadIdx.x] = kept[SIZE - 1 - threadIdx.x];
+}
+extern "C" __global__ void __launch_bounds__(1024, 2) spilling(const float* x, float* y) {
+  float kept[256], sum = 0;
+#pragma unroll
+  for (int i = 0; i < 256; ++i) sum += kept[i] = x[i * 1024 + threadIdx.x];
+#pragma unroll
+  for (int i = 0; i < 256; ++i) y[i * 1024 + threadIdx.x] = kept[i] - sum;
+}
+"""
+
+
+@pytest.fixture
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setattr(cuda_binaries, "CSRC", tmp_path)
+    monkeypatch.setattr(cuda_binaries, "CACHE", tmp_path / "cache")
+    (tmp_path / "cuda").mkdir()
+    (tmp_path / "cuda" / "op.cu").write_text(KERNELS)
+    (tmp_path / "cuda" / "other.h").write_text("constexpr int SIZE = 256;\n")
+    return tmp_path
+
+
+def test_reads_a_binary(folder: Path) -> None:
+    figures = cuda_binaries.figures(cuda_binaries.Job("op", "bfloat16", "sm_90a"))
+    wide, spilling = figures["wide"], figures["spilling"]
+    assert wide["most"] == 64 and wide["threads"] == 256 and wide["shared"] >= 4096
+    assert wide["loads"] == wide["stores"] == {"16": 1} and not cuda_binaries.complaints("op", "wide", wide)
+    assert spilling["most"] == 32 and spilling["threads"] == 1024 and spilling["spills"] > 100
+    assert [text.split()[1] for text in cuda_binaries.complaints("op", "spilling", spilling)] == ["spilling", "access"]
+
+
+def test_the_cache_depends_on_all_a_binary_depends_on(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    job = cuda_binaries.Job("op", "bfloat16", "sm_90a")
+    digests = {job.digest(), *(job._replace(**{k: v}).digest() for k, v in (("dtype", "float32"), ("chip", "sm_80")))}
+    for name in ("op.cu", "other.h"):
+        path = folder / "cuda" / name
+        path.write_text(path.read_text() + "\n")
+        digests.add(job.digest())
+    monkeypatch.setattr(cuda_binaries, "version", lambda: "1.0")
+    digests.add(job.digest())
+    assert len(digests) == 6 and job.digest() in digests
+
+
+def test_what_does_not_compile_is_said_and_not_kept(folder: Path) -> None:
+    (folder / "cuda" / "op.cu").write_text('extern "C" __global__ void f() { int unused = 1; broken }\n')
+    figures = cuda_binaries.figures(cuda_binaries.Job("op", "bfloat16", "sm_90a"))
+    assert "broken" in figures["op"]["error"]
+    (folder / "cuda" / "op.cu").write_text('extern "C" __global__ void f() { int unused = 1; }\n')
+    figures = cuda_binaries.figures(cuda_binaries.Job("op", "bfloat16", "sm_90a"))
+    assert "unused" in figures["op"]["error"], "warnings are errors"
+    assert not (folder / "cache").exists()
