@@ -40,12 +40,17 @@ def read_cubin(path: Path) -> dict[str, Figures]:
     )
     if not usage:
         raise RuntimeError("cuobjdump -res-usage printed no figures")
-    code = dict(re.findall(r"^//-+ \.text\.(\S+) +-+\n(.*?)(?=^//-|\Z)", tool("nvdisasm", "-c", path), re.M | re.S))
+    found = code(path)
     return {
         name: {"registers": int(registers), "local": int(stack) + int(local), "shared": int(shared)}
-        | read_sass(code[name])
+        | read_sass(found[name])
         for name, registers, stack, shared, local in usage
     }
+
+
+def code(path: Path) -> dict[str, str]:
+    """Disassembly by kernel."""
+    return dict(re.findall(r"^//-+ \.text\.(\S+) +-+\n(.*?)(?=^//-|\Z)", tool("nvdisasm", "-c", path), re.M | re.S))
 
 
 def launch_bounds(path: Path) -> dict[str, tuple[int, int]]:
@@ -103,7 +108,7 @@ def access_width(modifiers: list[str]) -> int:
     return 4
 
 
-READING = (tool, read_cubin, read_sass, access_width, launch_bounds)
+READING = (tool, read_cubin, code, read_sass, access_width, launch_bounds)
 """What figures depend on besides the binary."""
 
 

@@ -24,24 +24,24 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterable
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Iterable, Sequence
+from concurrent.futures import ProcessPoolExecutor
 from importlib.util import find_spec
+from multiprocessing import get_context
 from pathlib import Path
 from typing import NamedTuple
 
 from bench import binaries
 from bench.binaries import REGISTERS, Figures
+from fastlm.cuda import _binaries, _nvrtc, _sources
 
 ROOT = Path(__file__).resolve().parent.parent
-CSRC = ROOT / "csrc"
 CACHE = ROOT / "build" / "cuda_binaries"
 TABLE = binaries.Committed(ROOT / "bench" / "results" / "cuda_binaries.json")
 """By version of CUDA; rows are dtype and instance."""
 
-OPS = sorted(p.stem for p in (CSRC / "cuda").glob("*.cu"))
-DTYPES = ("float32", "bfloat16", "float16")
-CHIPS = ("sm_80", "sm_86", "sm_89", "sm_90a", "sm_100", "sm_120")
+OPS = _sources.ops(_sources.folder())
+CHIPS = tuple(f"sm_{arch}" for arch in _sources.ARCHITECTURES)
 
 NARROW = {
     "gelu": r"gelu_(forward|backward)_[02]",  # unaligned addresses
@@ -53,48 +53,52 @@ NARROW = {
 
 
 @functools.cache
-def nvcc() -> str:
-    found = shutil.which("nvcc")
-    if found is None:
-        raise FileNotFoundError(missing())
-    return found
+def nvcc() -> str | None:
+    return shutil.which("nvcc")
 
 
 @functools.cache
 def version() -> str:
-    """Of CUDA: what compiles the same source to the same instructions."""
-    said = subprocess.run([nvcc(), "--version"], capture_output=True, text=True, check=True).stdout
+    """Of CUDA: NVRTC and nvcc of the same version make the same instructions."""
+    nvrtc, _ = _nvrtc.find()
+    if nvrtc is not None:
+        return ".".join(map(str, nvrtc.version))
+    if nvcc() is None:
+        raise FileNotFoundError(missing())
+    said = subprocess.run([str(nvcc()), "--version"], capture_output=True, text=True, check=True).stdout
     return said.split("release ")[1].split(",")[0]
 
 
 def missing() -> str | None:
     """Why nothing can be compiled or read here, or None."""
-    if shutil.which("nvcc") is None:
-        return "nvcc is not on PATH"
+    nvrtc, why = _nvrtc.find()
+    if nvrtc is None and nvcc() is None:
+        return f"{why}; nvcc is not on PATH"
     return None if find_spec("triton") else "Triton is not installed, which brings the disassembler"
 
 
-FLAGS = ("-std=c++17", "-O3", "-Werror", "all-warnings")
-
-
 def compile(op: str, dtype: str, chip: str) -> bytes:
+    """Raises RuntimeError, also for a warning."""
+    return with_nvrtc(op, dtype, chip) if _nvrtc.find()[0] is not None else with_nvcc(op, dtype, chip)
+
+
+def with_nvrtc(op: str, dtype: str, chip: str) -> bytes:
+    source = _sources.closure(f"cuda/{op}.cu", _sources.folder())
+    binary, log = _binaries.compiler().compile(source, _binaries.options(dtype, chip.removeprefix("sm_")))
+    if log:
+        raise RuntimeError(log)
+    return binary
+
+
+def with_nvcc(op: str, dtype: str, chip: str) -> bytes:
     with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder, "kernel.cubin")
-        command = [nvcc(), "-cubin", *FLAGS, f"-I{CSRC}", f"-DFASTLM_DTYPE={DTYPES.index(dtype)}", f"-arch={chip}"]
-        run = subprocess.run([*command, "-o", path, CSRC / "cuda" / f"{op}.cu"], capture_output=True, text=True)
+        path, source = Path(folder, "kernel.cubin"), _sources.folder() / "cuda" / f"{op}.cu"
+        command = [str(nvcc()), "-cubin", "-O3", "-std=c++17", "-Werror", "all-warnings", f"-arch={chip}"]
+        command += [f"-I{_sources.folder()}", f"-DFASTLM_DTYPE={_sources.DTYPES[dtype]}", "-o", str(path), str(source)]
+        run = subprocess.run(command, capture_output=True, text=True)
         if run.returncode:
             raise RuntimeError((run.stderr + run.stdout).strip())
         return path.read_bytes()
-
-
-def sources(path: Path) -> list[Path]:
-    """The file and every header of csrc that it includes, itself or through others."""
-    found = [path]
-    for source in found:
-        for name in re.findall(r'^#include "([^"]+)"', source.read_text(), re.MULTILINE):
-            if (CSRC / name).is_file() and CSRC / name not in found:
-                found.append(CSRC / name)
-    return found
 
 
 class Job(NamedTuple):
@@ -103,9 +107,9 @@ class Job(NamedTuple):
     chip: str
 
     def digest(self) -> str:
-        text = [path.read_text() for path in sorted(sources(CSRC / "cuda" / f"{self.op}.cu"))]
-        reading = "".join(inspect.getsource(part) for part in (compile, read, *binaries.READING))
-        return hashlib.sha256(repr([*self, version(), FLAGS, reading, text]).encode()).hexdigest()[:32]
+        source = _sources.digest(_sources.closure(f"cuda/{self.op}.cu", _sources.folder()))
+        reading = "".join(inspect.getsource(part) for part in (with_nvcc, _binaries.options, read, *binaries.READING))
+        return hashlib.sha256(repr([*self, version(), reading, source]).encode()).hexdigest()[:32]
 
 
 def read(cubin: bytes) -> dict[str, Figures]:
@@ -133,6 +137,14 @@ def figures(job: Job) -> dict[str, Figures]:
         part.write_text(json.dumps(found))
         part.replace(path)  # another run never sees half a file
     return json.loads(path.read_text())
+
+
+def collect(ops: Iterable[str], chips: Sequence[str], processes: int) -> dict[Job, dict[str, Figures]]:
+    """Processes, because NVRTC compiles one program at a time in each."""
+    jobs = [Job(op, dtype, chip) for op in ops for dtype in _sources.DTYPES for chip in chips]
+    version()  # finds the compiler, for all of them
+    with ProcessPoolExecutor(processes, get_context("fork")) as pool:
+        return dict(zip(jobs, pool.map(figures, jobs), strict=True))
 
 
 # --- judging ---------------------------------------------------------------------------------------------------------
@@ -179,13 +191,6 @@ def table(rows: dict[Job, dict[str, Figures]]) -> binaries.Table:
             kept = {name: value for name, value in f.items() if value or name not in ("local", "shared", "spills")}
             result.setdefault(op, {}).setdefault(f"{dtype} {instance}", {})[chip] = kept
     return result
-
-
-def collect(ops: Iterable[str], chips: Iterable[str], processes: int) -> dict[Job, dict[str, Figures]]:
-    chips = list(chips)
-    jobs = [Job(op, dtype, chip) for op in ops for dtype in DTYPES for chip in chips]
-    with ThreadPoolExecutor(processes) as pool:
-        return dict(zip(jobs, pool.map(figures, jobs), strict=True))
 
 
 def main() -> int:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -11,6 +12,7 @@ from typing import Any
 import pytest
 
 from bench import binaries, cuda_binaries
+from fastlm.cuda import _nvrtc, _sources
 from fastlm.kernels import _platform
 from tests import emulation
 
@@ -85,6 +87,23 @@ def test_every_name_of_an_exception_is_an_instance_that_needs_it(gate: dict[str,
     assert not gate["unused"], f"NARROW names what is wide or not there: {gate['unused']}"
 
 
+def test_nvrtc_and_nvcc_of_one_version_make_the_same_instructions(tmp_path: Path) -> None:
+    nvrtc, why = _nvrtc.find()
+    if nvrtc is None or cuda_binaries.nvcc() is None:
+        pytest.skip(why or "nvcc is not on PATH")
+    said = subprocess.run([str(cuda_binaries.nvcc()), "--version"], capture_output=True, text=True).stdout
+    if f"release {cuda_binaries.version()}," not in said:
+        pytest.skip(f"NVRTC {cuda_binaries.version()} and nvcc of another version")
+    job = cuda_binaries.Job("gelu", "bfloat16", "sm_90a")
+    code = []
+    for compile in (cuda_binaries.with_nvrtc, cuda_binaries.with_nvcc):
+        path = tmp_path / "kernel.cubin"
+        path.write_bytes(compile(*job))
+        text = binaries.code(path)
+        code.append({name: re.sub(r"\.L_x_\d+", "label", body) for name, body in text.items()})
+    assert len(code[0]) == 8 and code[0] == code[1]
+
+
 ATOMICS = """
         /*0110*/                   RED.E.ADD.F32.FTZ.RN.STRONG.GPU desc[UR4][R2.64], R5 ;
         /*0120*/              @!P0 ATOMG.E.ADD.STRONG.GPU PT, R4, desc[UR4][R2.64], R5 ;
@@ -117,7 +136,7 @@ extern "C" __global__ void __launch_bounds__(1024, 2) spilling(const float* x, f
 
 @pytest.fixture
 def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    monkeypatch.setattr(cuda_binaries, "CSRC", tmp_path)
+    monkeypatch.setattr(_sources, "folder", lambda: tmp_path)
     monkeypatch.setattr(cuda_binaries, "CACHE", tmp_path / "cache")
     (tmp_path / "cuda").mkdir()
     (tmp_path / "cuda" / "op.cu").write_text(KERNELS)
