@@ -65,7 +65,10 @@ PYBIND11_MODULE(_cuda, m) {
   FASTLM_CUDA_KERNELS(X)
 #undef X
   m.def("device", [](int index) {
-    const cuda::Device& d = cuda::device(index);
+    const cuda::Device& d = [index]() -> const cuda::Device& {
+      const py::gil_scoped_release unlocked;  // whoever holds the launchers' lock may be waiting for the interpreter's
+      return cuda::device(index);
+    }();
     return py::dict("arch"_a = d.arch, "sms"_a = d.sms, "shared"_a = d.shared, "shared_sm"_a = d.shared_sm,
                     "l2"_a = d.l2);
   });

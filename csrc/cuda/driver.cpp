@@ -53,6 +53,7 @@ constexpr int MULTIPROCESSORS = 16, L2_SIZE = 38, MAJOR = 75, MINOR = 76, SHARED
   X(cuLaunchKernel, "cuLaunchKernel",                                                                     \
     (void*, unsigned, unsigned, unsigned, unsigned, unsigned, unsigned, unsigned, void*, void**, void**)) \
   X(cuLaunchKernelEx, "cuLaunchKernelEx", (const Config*, void*, void**, void**))                         \
+  X(cuThreadExchangeStreamCaptureMode, "cuThreadExchangeStreamCaptureMode", (int*))                       \
   X(cuGetErrorName, "cuGetErrorName", (int, const char**))
 
 struct Driver {
@@ -67,21 +68,22 @@ struct Driver {
   if (name == nullptr) throw std::runtime_error("the CUDA driver is older than 11.8: it has no " symbol);
     FASTLM_DRIVER(X)
 #undef X
-    const Result result = cuInit(0);
-    if (result != 0) throw std::runtime_error("cuInit failed with error " + std::to_string(result));
+    if (const Result result = cuInit(0)) fail(result, "cuInit");
+  }
+  [[noreturn]] void fail(Result result, const std::string& what) const {
+    const char* name = nullptr;
+    if (cuGetErrorName(result, &name) != 0 || name == nullptr) name = "an unknown error";
+    throw std::runtime_error(what + ": " + name + " (" + std::to_string(result) + ")");
   }
 };
 
 const Driver& driver() {
-  static const Driver opened;
+  static const Driver opened;  // one that throws is tried again at the next call
   return opened;
 }
 
 void check(Result result, const std::string& what) {
-  if (result == 0) return;
-  const char* name = nullptr;
-  if (driver().cuGetErrorName(result, &name) != 0 || name == nullptr) name = "an unknown error";
-  throw std::runtime_error(what + ": " + name + " (" + std::to_string(result) + ")");
+  if (result != 0) driver().fail(result, what);
 }
 
 struct Gpu {
@@ -137,15 +139,30 @@ class Current {
   bool pushed_;
 };
 
+/// While this lives the thread may do what a stream capture of torch's forbids: load a module in the middle of one.
+class CaptureRelaxed {
+ public:
+  CaptureRelaxed() { check(driver().cuThreadExchangeStreamCaptureMode(&mode_), "cuThreadExchangeStreamCaptureMode"); }
+  ~CaptureRelaxed() { driver().cuThreadExchangeStreamCaptureMode(&mode_); }
+  CaptureRelaxed(const CaptureRelaxed&) = delete;
+  CaptureRelaxed& operator=(const CaptureRelaxed&) = delete;
+
+ private:
+  int mode_ = 2;  // CU_STREAM_CAPTURE_MODE_RELAXED; then what it was before
+};
+
 /// The kernel's function on this GPU; its context is current.
 void* load(Gpu& gpu, const std::string& op, DType dtype, const std::string& instance) {
   const std::lock_guard<std::recursive_mutex> guard(mutex);
+  const CaptureRelaxed relaxed;
   void*& module = gpu.modules[{op, dtype}];
   const std::string what = op + " for " + name_of(dtype);
   if (module == nullptr) {
     if (!loader) throw std::runtime_error("no loader of compiled kernels is set");
     const std::string binary = loader(op, name_of(dtype), gpu.properties.arch);
-    check(driver().cuModuleLoadData(&module, binary.data()), "loading the kernels of " + what);
+    void* loaded = nullptr;
+    check(driver().cuModuleLoadData(&loaded, binary.data()), "loading the kernels of " + what);
+    module = loaded;
   }
   void* function = nullptr;
   check(driver().cuModuleGetFunction(&function, module, instance.c_str()), "finding " + instance + " of " + what);
