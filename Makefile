@@ -60,4 +60,4 @@ bench: $(VENV)/.installed
 	$(BIN)/python -m bench
 
 clean:
-	rm -rf build dist *.egg-info fastlm/_C*.so
+	rm -rf build dist *.egg-info fastlm/_C*.so fastlm/_cuda*.so fastlm/cuda/binaries

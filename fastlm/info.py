@@ -19,8 +19,9 @@ import torch
 
 import fastlm
 from fastlm import _malloc as glibc
-from fastlm import native
+from fastlm import cuda, native
 from fastlm._dispatch import Op, Request
+from fastlm.cuda import _binaries
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 EXTRAS = ("triton", "tokenizers", "safetensors", "tyro", "rich", "matplotlib", "tensorboard")
@@ -45,6 +46,7 @@ def collect() -> dict[str, Any]:
             },
         },
         "gpus": [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())],
+        "cuda": {"launchers": cuda.built(), "missing": cuda.missing(), **_binaries.describe()},
         "malloc": _malloc(),
         "environment": {name: os.environ.get(name) for name in ("FASTLM_BACKEND", "FASTLM_STRICT")},
         "ops": {name: _op(op) for name, op in sorted(Op.registry.items())},
@@ -120,6 +122,7 @@ def render(info: dict[str, Any]) -> str:
         f"  usable here  {', '.join(sets['usable']) or '-'}",
         f"  in use       {sets['in_use'] or 'none: ' + str(sets['missing'])}",
         f"  gpu          {', '.join(info['gpus']) or 'none that PyTorch sees'}",
+        *_cuda(info["cuda"]),
         f"  malloc       {info['malloc']}",
     ]
     lines += [f"  {name} = {value}" for name, value in info["environment"].items() if value]
@@ -131,6 +134,24 @@ def render(info: dict[str, Any]) -> str:
                 lines.append(f"    {device:<5} {chosen or 'nothing':<10} {', '.join(members)}")
                 lines += [f"          not {reason}" for reason in refused]
     return "\n".join(lines)
+
+
+def _cuda(cuda: dict[str, Any]) -> list[str]:
+    """Launchers, the kernels in the package, and what compiles them at run time."""
+    packaged, nvrtc = cuda["packaged"], cuda["nvrtc"]
+    if packaged["nvcc"]:
+        names = [*packaged["architectures"], *(f"{arch} as PTX" for arch in packaged["ptx"])]
+        kernels = f"for {', '.join(names)}, by nvcc {packaged['nvcc']} in {packaged['seconds']:.0f} s"
+    else:
+        kernels = f"none in the package: {packaged['reason'] or 'fastlm was not installed from here'}"
+    compiler = f"NVRTC {nvrtc['version']}, {nvrtc['path']}" if nvrtc["path"] else f"none: {nvrtc['missing']}"
+    return [
+        f"  cuda         {'unusable: ' + cuda['missing'] if cuda['missing'] else 'usable'}",
+        f"    launchers  {'built' if cuda['launchers'] else 'not built'}",
+        f"    kernels    {kernels}",
+        f"    compiler   {compiler}",
+        f"    cache      {cuda['cache'] or 'none: there is no home directory'}",
+    ]
 
 
 def _grouped(dtypes: dict[str, Any]) -> dict[tuple[str | None, tuple[str, ...]], list[str]]:

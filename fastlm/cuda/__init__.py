@@ -32,7 +32,7 @@ try:
 except ModuleNotFoundError as error:
     if error.name != "fastlm._cuda":
         raise
-    _extension = None  # installed without a compiler; any other failure to load it is a fault and raises
+    _extension = None  # the build says why in its manifest; any other failure to load it is a fault and raises
 _on_gpu = True
 
 
@@ -45,22 +45,30 @@ def emulate(module: ModuleType) -> None:
 def missing() -> str | None:
     """Why the CUDA kernels cannot be used on this machine, or None."""
     if _extension is None:
-        return ("fastlm._cuda is not built for this Python (no C++17 compiler was found when fastlm was installed, "
-                f"or it was built for another Python than {platform.python_version()})")  # fmt: skip
+        reason = _binaries.manifest().get("launchers", "fastlm was not installed from here")
+        if reason == "built":
+            reason = f"it was built for another than {platform.python_version()}"
+        return f"fastlm._cuda is not built for this Python: {reason}"
     if not _on_gpu:
         return None
     if torch.version.hip is not None:
         return "PyTorch is built for AMD GPUs"
     if not torch.cuda.is_available():
         return "PyTorch sees no GPU"
-    capability = min(torch.cuda.get_device_capability(i) for i in range(torch.cuda.device_count()))
-    if capability < OLDEST:
-        return f"the GPU has compute capability {capability[0]}.{capability[1]}, below {OLDEST[0]}.{OLDEST[1]}"
-    return _binaries.missing()
+    capabilities = [torch.cuda.get_device_capability(i) for i in range(torch.cuda.device_count())]
+    oldest = min(capabilities)
+    if oldest < OLDEST:
+        return f"the GPU has compute capability {oldest[0]}.{oldest[1]}, below {OLDEST[0]}.{OLDEST[1]}"
+    return _binaries.missing(10 * major + minor for major, minor in capabilities)
 
 
 # What torch.compiler.assume_constant_result does, which would import dynamo with the package: a traced call asks once.
 missing._dynamo_marked_constant = True  # type: ignore[attr-defined]
+
+
+def built() -> bool:
+    """Whether the launchers are there; whether a GPU is, is another question."""
+    return _extension is not None
 
 
 def extension() -> Any:

@@ -18,6 +18,11 @@ PATTERNS = ("common.h", "cuda/*.h", "cuda/*.cuh", "cuda/*.cu")
 _INCLUDE = re.compile(r'^\s*#\s*include\s+"([^"]+)"', re.MULTILINE)
 
 
+def number(arch: str) -> int:
+    """90 for "90a"."""
+    return int(arch.rstrip("af"))
+
+
 def folder() -> Path:
     """csrc: beside this file in an installed package, three folders up in a checkout."""
     packaged = Path(__file__).parent / "csrc"
