@@ -44,7 +44,8 @@ OPS = _sources.ops(_sources.folder())
 CHIPS = tuple(f"sm_{arch}" for arch in _sources.ARCHITECTURES)
 
 NARROW = {
-    "gelu": r"gelu_(forward|backward)_[02]",  # unaligned addresses
+    "gelu": r"gelu_(forward|backward)_[024]",  # unaligned addresses
+    "glu": r"glu_(forward|backward)_[024]",  # unaligned addresses or rows
 }
 """By op, the instances (the whole name) that need have no access of 16 bytes: what moves element by element."""
 

@@ -238,8 +238,21 @@ void gelu_forward(DType dtype, Activation activation, const void* x, void* y, in
 void gelu_backward(DType dtype, Activation activation, const void* dy, const void* x, void* dx, int64_t n, int device,
                    Stream stream);
 
+// --- glu
+
+/// y = act(gate) * up. gate, up: M rows of N, last dimension contiguous, rows *_stride apart; y: [M, N] contiguous.
+void glu_forward(DType dtype, Activation activation, const void* gate, int64_t gate_stride, const void* up,
+                 int64_t up_stride, void* y, int64_t M, int64_t N, int device, Stream stream);
+
+/// dgate = dy * up * act'(gate), dup = dy * act(gate); both with rows out_stride apart.
+void glu_backward(DType dtype, Activation activation, const void* dy, int64_t dy_stride, const void* gate,
+                  int64_t gate_stride, const void* up, int64_t up_stride, void* dgate, void* dup, int64_t out_stride,
+                  int64_t M, int64_t N, int device, Stream stream);
+
 #define FASTLM_CUDA_KERNELS(X) \
   X(gelu_forward)              \
-  X(gelu_backward)
+  X(gelu_backward)             \
+  X(glu_forward)               \
+  X(glu_backward)
 
 }  // namespace fastlm::cuda

@@ -41,11 +41,12 @@ __device__ __forceinline__ ValueSlope gelu(float x) {
   return {x * cdf, cdf + x * e * 0.3989422804014327f};
 }
 
-/// x * sigmoid(sqrt(8 / pi) * (x + 0.044715 x^3)).
+/// x * s, s = sigmoid(sqrt(8 / pi) * (x + 0.044715 x^3)).
 __device__ __forceinline__ ValueSlope gelu_tanh(float x) {
-  constexpr float SQRT_8_OVER_PI = 1.5957691216057308f, CUBIC = 0.044715f;
-  const float s = sigmoid((x + x * x * x * CUBIC) * SQRT_8_OVER_PI), value = x * s;
-  return {value, s + value * (1 - s) * SQRT_8_OVER_PI * (x * x * (3 * CUBIC) + 1)};
+  constexpr float LINEAR = 1.5957691216057308f, CUBIC = LINEAR * 0.044715f;
+  const float square = x * x, s = reciprocal_fast(exp2_fast(x * (square * (-LOG2_E * CUBIC) - LOG2_E * LINEAR)) + 1);
+  const float value = x * s;
+  return {value, value * (1 - s) * (square * (3 * CUBIC) + LINEAR) + s};
 }
 
 __device__ __forceinline__ ValueSlope silu(float x) {

@@ -9,6 +9,7 @@
 //                 a device function that takes it
 #pragma once
 #include "common.h"
+#include "cuda/divider.h"
 
 #ifdef FASTLM_EMULATED
 #include "cuda/emulation/simt.h"
@@ -194,13 +195,17 @@ __device__ __forceinline__ float rsqrt_fast(float x) {
   asm("rsqrt.approx.f32 %0, %1;" : "=f"(y) : "f"(x));
   return y;
 }
-/// To 1 ulp.
+/// To 1 ulp; results below 2^-126 are 0. One instruction: without ftz it takes seven.
 __device__ __forceinline__ float reciprocal_fast(float x) {
   float y;
-  asm("rcp.approx.f32 %0, %1;" : "=f"(y) : "f"(x));
+  asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
   return y;
 }
 #endif
+
+__device__ __forceinline__ uint32_t divide(uint32_t n, const Divider& d) {
+  return (__umulhi(n, d.magic) + n) >> d.shift;
+}
 
 struct Sum {
   template <class T>

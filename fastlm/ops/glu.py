@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastlm import native
+from fastlm import cuda, native
 from fastlm._dispatch import LOW_PRECISION, Backend, Op
 from fastlm.kernels import _platform
 from fastlm.ops._check import check_choice, check_device, check_floating
@@ -17,6 +17,7 @@ OP = Op(
     "glu",
     Backend("cpu", "fastlm.native.glu", frozenset({"cpu"}), LOW_PRECISION, missing=native.missing),
     Backend("triton", "fastlm.kernels.glu", _platform.DEVICES, LOW_PRECISION, missing=_platform.missing),
+    Backend("cuda", "fastlm.cuda.glu", cuda.DEVICES, LOW_PRECISION, missing=cuda.missing, unverified=True),
     Backend("reference", "fastlm.reference.glu"),
 )
 
@@ -84,7 +85,7 @@ def swiglu(gate: Tensor, up: Tensor | None = None, *, backend: str | None = None
         gate: (..., N), or (..., 2N) holding [gate | up] when up is None; float32, bfloat16, float16 or float64. Any
             strides; no copy is made of rows with a contiguous last dimension, so the halves of one product are fine.
         up: (..., N), like gate.
-        backend: "cpu", "triton" or "reference"; None chooses.
+        backend: "cpu", "triton", "cuda" or "reference"; None chooses.
 
     Returns:
         (..., N), dtype of gate, contiguous.
