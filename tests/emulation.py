@@ -104,6 +104,7 @@ def install(path: Path) -> None:
     loader = importlib.machinery.ExtensionFileLoader("fastlm._cuda", str(path))
     spec = importlib.util.spec_from_loader("fastlm._cuda", loader)
     assert spec is not None
+    sys.modules.pop("fastlm._cuda", None)  # pybind11 would give back the launchers that are loaded under this name
     module = importlib.util.module_from_spec(spec)
     loader.exec_module(module)
     cuda.emulate(module)
