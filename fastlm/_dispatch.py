@@ -96,7 +96,7 @@ class Op:
     def __init__(self, name: str, *rows: Backend) -> None:
         self.name = name
         self.rows = {row.name: row for row in rows}
-        self._choices: dict[tuple[Request, str | None], str] = {}
+        self._choices: dict[tuple[object, ...], str] = {}
         self._modules: dict[str, ModuleType] = {}
         Op.registry[name] = self
 
@@ -113,13 +113,14 @@ class Op:
             ValueError: no backend has the forced name.
             UnsupportedError: the forced backend cannot run the call.
         """
-        request = Request(tensor.device.type, tensor.dtype, tuple(sizes.items()), features)
         forced = backend if backend is not None else _forced
         if torch.compiler.is_compiling():  # no cache and no warning inside a traced graph
-            return self._choose(request, forced)[0]
-        key = (request, forced)
+            return self._choose(Request(tensor.device.type, tensor.dtype, tuple(sizes.items()), features), forced)[0]
+        # What makes a request, as it comes: the request itself and the device's name would take half a microsecond.
+        key = (tensor.device, tensor.dtype, features, forced, *sizes.items())
         choice = self._choices.get(key)
         if choice is None:
+            request = Request(tensor.device.type, tensor.dtype, tuple(sizes.items()), features)
             choice, passed_over = self._choose(request, forced)
             if passed_over:
                 warnings.warn(f"fastlm.{self.name} ({request}) runs on its PyTorch reference: {passed_over}",
