@@ -249,10 +249,22 @@ void glu_backward(DType dtype, Activation activation, const void* dy, int64_t dy
                   int64_t gate_stride, const void* up, int64_t up_stride, void* dgate, void* dup, int64_t out_stride,
                   int64_t M, int64_t N, int device, Stream stream);
 
+// --- softmax
+
+/// y = softmax(x) over each of M rows of N, or its logarithm. x: rows x_stride apart, y contiguous.
+void softmax_forward(DType dtype, bool log, const void* x, int64_t x_stride, void* y, int64_t M, int64_t N, int device,
+                     Stream stream);
+
+/// dx = y * (dy - sum(y * dy)); of the logarithm dx = dy - exp(y) * sum(dy). dy: rows dy_stride apart.
+void softmax_backward(DType dtype, bool log, const void* dy, int64_t dy_stride, const void* y, void* dx, int64_t M,
+                      int64_t N, int device, Stream stream);
+
 #define FASTLM_CUDA_KERNELS(X) \
   X(gelu_forward)              \
   X(gelu_backward)             \
   X(glu_forward)               \
-  X(glu_backward)
+  X(glu_backward)              \
+  X(softmax_forward)           \
+  X(softmax_backward)
 
 }  // namespace fastlm::cuda

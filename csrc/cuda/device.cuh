@@ -105,6 +105,7 @@ constexpr int WIDTH = 16 / static_cast<int>(sizeof(T));
 inline Words load_words(const void* p) { return *static_cast<const Words*>(p); }
 inline Words load_words_once(const void* p) { return *static_cast<const Words*>(p); }
 inline void store_words(void* p, Words v) { *static_cast<Words*>(p) = v; }
+inline void store_words_global(void* p, Words v) { *static_cast<Words*>(p) = v; }
 inline void store_words_once(void* p, Words v) { *static_cast<Words*>(p) = v; }
 #else
 __device__ __forceinline__ Words load_words(const void* p) { return *static_cast<const Words*>(p); }
@@ -117,10 +118,35 @@ __device__ __forceinline__ Words load_words_once(const void* p) {
   return v;
 }
 __device__ __forceinline__ void store_words(void* p, Words v) { *static_cast<Words*>(p) = v; }
+/// One access in any case: nvcc 13.0 makes four of some store_words() for sm_90.
+__device__ __forceinline__ void store_words_global(void* p, Words v) {
+  asm volatile("st.global.v4.u32 [%0], {%1, %2, %3, %4};" ::"l"(p), "r"(v.x), "r"(v.y), "r"(v.z), "r"(v.w) : "memory");
+}
 /// Not read again soon: the first to leave the L2 cache.
 __device__ __forceinline__ void store_words_once(void* p, Words v) {
   asm volatile("st.global.cs.v4.u32 [%0], {%1, %2, %3, %4};" ::"l"(p), "r"(v.x), "r"(v.y), "r"(v.z), "r"(v.w)
                : "memory");
+}
+#endif
+
+// Copies from global to shared memory that go on while the thread does: 16 bytes each, both addresses multiples of 16.
+// copy_commit() closes a group of them; copy_wait<P>() waits for all groups of this thread but the last P. What arrived
+// is seen by this thread; others need a barrier behind the wait.
+#ifdef FASTLM_EMULATED
+inline void copy_async(void* to, const void* from) { store_words(to, load_words(from)); }
+inline void copy_commit() {}
+template <int PENDING>
+void copy_wait() {}
+#else
+__device__ __forceinline__ void copy_async(void* to, const void* from) {
+  uint32_t address;
+  asm("{ .reg .u64 a; cvta.to.shared.u64 a, %1; cvt.u32.u64 %0, a; }" : "=r"(address) : "l"(to));
+  asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(address), "l"(from) : "memory");
+}
+__device__ __forceinline__ void copy_commit() { asm volatile("cp.async.commit_group;" ::: "memory"); }
+template <int PENDING>
+__device__ __forceinline__ void copy_wait() {
+  asm volatile("cp.async.wait_group %0;" ::"n"(PENDING) : "memory");
 }
 #endif
 
@@ -202,6 +228,8 @@ __device__ __forceinline__ float reciprocal_fast(float x) {
   return y;
 }
 #endif
+/// e^x; results below 2^-126 are 0.
+__device__ __forceinline__ float exp_fast(float x) { return exp2_fast(x * LOG2_E); }
 
 __device__ __forceinline__ uint32_t divide(uint32_t n, const Divider& d) {
   return (__umulhi(n, d.magic) + n) >> d.shift;
@@ -219,11 +247,17 @@ struct Max {  // a NaN on either side stays
 
 // --- reductions: the same order, so the same bits, every time; every thread gets the result --------------------------
 
+/// The value of the lane whose number differs in these bits. Overloaded for structs that are reduced.
+template <class T>
+__device__ __forceinline__ T exchange(T value, int lanes) {
+  return __shfl_xor_sync(FULL, value, lanes);
+}
+
 /// Over GROUP neighbouring lanes of a warp (a power of two up to 32).
 template <int GROUP = 32, class T, class Combine>
 __device__ __forceinline__ T warp_reduce(T value, Combine combine) {
   FASTLM_UNROLL
-  for (int lanes = GROUP / 2; lanes > 0; lanes /= 2) value = combine(value, __shfl_xor_sync(FULL, value, lanes));
+  for (int lanes = GROUP / 2; lanes > 0; lanes /= 2) value = combine(value, exchange(value, lanes));
   return value;
 }
 
@@ -248,6 +282,9 @@ __device__ __forceinline__ T group_reduce(T value, Combine combine, T* room) {
 #ifdef FASTLM_EMULATED
 inline int cluster_rank() { return static_cast<int>(simt::current->rank); }
 inline void cluster_sync() { simt::wait(simt::State::at_cluster, 8); }
+inline void cluster_arrive() {}
+inline void cluster_begin() {}
+inline void cluster_wait() { simt::wait(simt::State::at_cluster, 9); }
 template <class T>
 T* cluster_peer(T* mine, int rank) {
   return reinterpret_cast<T*>(simt::shared_memory[rank] +
@@ -265,6 +302,14 @@ __device__ __forceinline__ int cluster_rank() {
 __device__ __forceinline__ void cluster_sync() {
   asm volatile("barrier.cluster.arrive.release.aligned;\nbarrier.cluster.wait.acquire.aligned;" ::: "memory");
 }
+/// cluster_sync() in halves: cluster_wait() returns once every thread of the cluster has arrived.
+__device__ __forceinline__ void cluster_arrive() {
+  asm volatile("barrier.cluster.arrive.release.aligned;" ::: "memory");
+}
+__device__ __forceinline__ void cluster_wait() { asm volatile("barrier.cluster.wait.acquire.aligned;" ::: "memory"); }
+/// cluster_arrive() that publishes nothing, at a kernel's start: another block's shared memory may be touched once that
+/// block runs, which cluster_wait() then knows.
+__device__ __forceinline__ void cluster_begin() { asm volatile("barrier.cluster.arrive.relaxed.aligned;"); }
 /// The same place in another block's shared memory.
 template <class T>
 __device__ __forceinline__ T* cluster_peer(T* mine, int rank) {
@@ -275,6 +320,9 @@ __device__ __forceinline__ T* cluster_peer(T* mine, int rank) {
 #else  // no clusters there: launch.h never asks for one
 __device__ __forceinline__ int cluster_rank() { return 0; }
 __device__ __forceinline__ void cluster_sync() {}
+__device__ __forceinline__ void cluster_arrive() {}
+__device__ __forceinline__ void cluster_begin() {}
+__device__ __forceinline__ void cluster_wait() {}
 template <class T>
 __device__ __forceinline__ T* cluster_peer(T* mine, int) {
   return mine;

@@ -1,6 +1,9 @@
 // What several launchers need to choose a grid. Plain C++.
 #pragma once
+#include <initializer_list>
+
 #include "cuda/launch.h"
+#include "cuda/row.h"
 
 namespace fastlm::cuda {
 
@@ -20,6 +23,23 @@ constexpr int64_t next_power_of_2(int64_t n) {
   int64_t p = 1;
   while (p < n) p *= 2;
   return p;
+}
+
+/// Threads of a block for this many: whole warps.
+constexpr int64_t warps_of(int64_t threads) { return ceil_div(threads, 32) * 32; }
+
+/// How rows of n elements of `size` bytes can be cut when a kernel goes along all these tensors at once.
+inline Cut cut_of(int64_t n, int size, std::initializer_list<const void*> tensors,
+                  std::initializer_list<int64_t> strides) {
+  const int64_t width = 16 / size;
+  const auto offset = [&](const void* p) { return reinterpret_cast<uintptr_t>(p) % 16; };
+  const uintptr_t start = offset(*tensors.begin());
+  const int64_t step = *strides.begin() % width;
+  for (const void* p : tensors)
+    if (offset(p) != start) return Cut::elements;
+  for (int64_t stride : strides)
+    if (stride % width != step) return Cut::elements;
+  return start == 0 && step == 0 && n % width == 0 ? Cut::words : Cut::shifted;
 }
 
 }  // namespace fastlm::cuda

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fastlm import cuda
 from fastlm._dispatch import LOW_PRECISION, Backend, Op
 from fastlm.kernels import _platform
 from fastlm.ops._check import check_floating
@@ -16,6 +17,7 @@ from fastlm.ops._library import define, no_double_backward
 OP = Op(
     "softmax",
     Backend("triton", "fastlm.kernels.softmax", _platform.DEVICES, LOW_PRECISION, missing=_platform.missing),
+    Backend("cuda", "fastlm.cuda.softmax", cuda.DEVICES, LOW_PRECISION, missing=cuda.missing, unverified=True),
     Backend("reference", "fastlm.reference.softmax"),
 )
 
@@ -59,7 +61,7 @@ def softmax(x: Tensor, *, log: bool = False, backend: str | None = None) -> Tens
         x: (..., N), float32, bfloat16, float16 or float64; any strides, a copy is made unless the last is 1. -inf is a
             class that cannot be; a row of nothing else gives NaN, as in torch.
         log: whether to return the logarithm.
-        backend: "triton" or "reference"; None chooses.
+        backend: "triton", "cuda" or "reference"; None chooses.
 
     Returns:
         (..., N), dtype of x, contiguous.
