@@ -294,9 +294,11 @@ class NinjaBuild(build_ext):
         build.mkdir(parents=True, exist_ok=True)
         jobs = ["-j", os.environ["MAX_JOBS"]] if os.environ.get("MAX_JOBS") else []
 
-        def ninja(*goals: object) -> bool:
-            command = [find_ninja(), "-C", str(build), *jobs, "-k", "0", *map(str, goals)]
-            return subprocess.run(command).returncode == 0
+        ninja = [find_ninja(), "-C", str(build), *jobs, "-k", "0"]
+
+        def made(*goals: object) -> bool:
+            done = subprocess.run([*ninja, "-n", *map(str, goals)], capture_output=True, text=True)
+            return "no work to do" in done.stdout
 
         text = NinjaFile(cxx, build)
         text.cpu(target)
@@ -309,14 +311,14 @@ class NinjaBuild(build_ext):
         else:
             trouble = why = f"the CUDA kernels are for Linux, this is {sys.platform}"
         (build / "build.ninja").write_text("\n".join(text.lines) + "\n")
-        if not ninja():  # all at once; only after a failure, what is left piece by piece
-            if not ninja(target):
+        if subprocess.run(ninja).returncode != 0:
+            if not made(target):
                 sys.exit("fastlm: compiling fastlm._C failed, see above")
-            if not trouble and not ninja(launchers):
+            if not trouble and not made(launchers):
                 trouble = f"compiling fastlm._cuda with {cxx} failed when fastlm was installed"
                 say(f"{trouble}, see above. Installing without it: the CUDA kernels will not be there")
                 launchers.unlink(missing_ok=True)
-            if nvcc and not ninja(*fatbins):
+            if nvcc and fatbins and not made(*fatbins):
                 sys.exit(f"fastlm: {nvcc.path} {nvcc.version} failed to compile the CUDA kernels, see above. "
                          "FASTLM_CUDA_ARCHS=none installs without, to compile them at the first use")  # fmt: skip
         self.built += [target] if trouble else [target, launchers]
