@@ -4,7 +4,7 @@
     python -m bench.launch_cuda gelu rms_norm    some of them
     python -m bench.launch_cuda --save           also write bench/results/launch_cuda.json
 
-The launchers are the ones that run on a GPU; the driver below them is bench/stub_driver.cpp, which starts nothing, and
+The launchers are the ones that run on a GPU; the driver below them is tests/driver/fake.cpp, which starts nothing, and
 the tensors are CPU tensors. Columns, in microseconds of CPU time, the least of several rounds:
 
     launches   kernels started by a call
@@ -62,15 +62,14 @@ SIZES: dict[str, Any] = {
 # --- the stand-ins ---------------------------------------------------------------------------------------------------
 
 
-def stub() -> Any:
-    """libcuda.so.1 for this process, built now; stub_launched() counts."""
-    folder = tempfile.mkdtemp()
-    library = f"{folder}/libcuda.so.1"
-    source = Path(__file__).with_name("stub_driver.cpp")
-    command = ["g++", "-O2", "-shared", "-fPIC", "-Wl,-soname,libcuda.so.1", "-o", library, source]
+def fake_driver(folder: str) -> Any:
+    """libcuda.so.1 for this process, built now."""
+    library, source = f"{folder}/libcuda.so.1", ROOT / "tests" / "driver" / "fake.cpp"
+    command = ["g++", "-O2", "-DFAKE_QUIET", "-shared", "-fPIC", "-Wl,-soname,libcuda.so.1", "-o", library, source]
     subprocess.run(command, check=True)
     found = ctypes.CDLL(library, mode=ctypes.RTLD_GLOBAL)  # dlopen finds what is loaded under this name
-    found.stub_launched.restype = ctypes.c_long
+    found.fake_launched.restype = ctypes.c_long
+    found.cuCtxPushCurrent_v2(ctypes.c_void_p(0x100))  # as after torch's first touch of the GPU
     return found
 
 
@@ -217,13 +216,14 @@ def main() -> None:
     if unknown := [op for op in options.ops if op not in names]:
         parser.error(f"no op {', '.join(unknown)}; choose from {', '.join(names)}")
     torch.set_num_threads(1)
-    driver = stub()
+    with tempfile.TemporaryDirectory() as folder:
+        driver = fake_driver(folder)
     rows = []
     print(f"{'op':20} {'function':9} {'dtype':9} {'launches':>8} {'binding':>8} {'wrapper':>8} {'op':>6}")
     with installed():
         for name in options.ops or names:
             for case in suite_cases(name, SIZES[name]):
-                for row in measure(case, driver.stub_launched, options.seconds):
+                for row in measure(case, driver.fake_launched, options.seconds):
                     rows.append({k: round(v, 2) if isinstance(v, float) else v for k, v in row.items()})
                     op = f"{row['whole']:6.2f}" if "whole" in row else ""
                     print(
