@@ -306,7 +306,7 @@ module.gelu_forward(1, 1, 0x1000, 0x2000, 4097, 1, 0xabc)
 assert loads == [("gelu", "bfloat16", 90)]
 lines = calls("cuModuleLoadData", "cuModuleGetFunction", "cuLaunchKernel")
 assert lines[0] == "cuModuleLoadData gelu.bfloat16.90 capture 2 context 257"
-assert lines[1] == "cuModuleGetFunction 0x1 gelu_forward_1"
+assert lines[1].startswith("cuModuleGetFunction 0x1 gelu_forward_")
 assert len(lines) == 4 and lines[2] == lines[3], lines
 assert lines[2].startswith("cuLaunchKernel 0x1 ") and lines[2].endswith(" 0xabc argument 4096 context 257"), lines
 """)  # fmt: skip
