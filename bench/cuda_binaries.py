@@ -47,6 +47,7 @@ NARROW = {
     "gelu": r"gelu_(forward|backward)_[024]",  # unaligned addresses
     "glu": r"glu_(forward|backward)_[024]",  # unaligned addresses or rows
     "softmax": r"softmax_(forward|backward)_[1357]",  # addresses that differ from tensor to tensor
+    "rope": r"rope_0",
 }
 """By op, the instances (the whole name) that need have no access of 16 bytes: what moves element by element."""
 

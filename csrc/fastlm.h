@@ -259,12 +259,26 @@ void softmax_forward(DType dtype, bool log, const void* x, int64_t x_stride, voi
 void softmax_backward(DType dtype, bool log, const void* dy, int64_t dy_stride, const void* y, void* dx, int64_t M,
                       int64_t N, int device, Stream stream);
 
+// --- rope
+
+/// Rotates the leading R channels of every head: (a, b) -> (a cos - b sin, b cos + a sin), by the opposite angle when
+/// `inverse`; channels from R on are copied. Pairs are (i, i + R/2), or (2i, 2i + 1) when interleaved. q: [B, Hq, S, D]
+/// with strides in elements for batch, head and position; k likewise with Hk heads, or null; out of place.
+/// cos, sin: [B, S, R/2] of `table`, the last dimension contiguous; a stride of 0 over batches for one table for all.
+void rope(DType dtype, const void* q, int64_t q_batch, int64_t q_head, int64_t q_position, void* q_out,
+          int64_t q_out_batch, int64_t q_out_head, int64_t q_out_position, int64_t Hq, const void* k, int64_t k_batch,
+          int64_t k_head, int64_t k_position, void* k_out, int64_t k_out_batch, int64_t k_out_head,
+          int64_t k_out_position, int64_t Hk, DType table, const void* cos, int64_t cos_batch, int64_t cos_position,
+          const void* sin, int64_t sin_batch, int64_t sin_position, int64_t B, int64_t S, int64_t D, int64_t R,
+          bool interleaved, bool inverse, int device, Stream stream);
+
 #define FASTLM_CUDA_KERNELS(X) \
   X(gelu_forward)              \
   X(gelu_backward)             \
   X(glu_forward)               \
   X(glu_backward)              \
   X(softmax_forward)           \
-  X(softmax_backward)
+  X(softmax_backward)          \
+  X(rope)
 
 }  // namespace fastlm::cuda

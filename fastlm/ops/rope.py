@@ -7,7 +7,7 @@ from typing import Any, overload
 import torch
 from torch import Tensor
 
-from fastlm import native
+from fastlm import cuda, native
 from fastlm._dispatch import LOW_PRECISION, Backend, Op
 from fastlm.kernels import _platform
 from fastlm.ops._check import check_device, check_floating
@@ -17,6 +17,7 @@ OP = Op(
     "rope",
     Backend("cpu", "fastlm.native.rope", frozenset({"cpu"}), LOW_PRECISION, missing=native.missing),
     Backend("triton", "fastlm.kernels.rope", _platform.DEVICES, LOW_PRECISION, missing=_platform.missing),
+    Backend("cuda", "fastlm.cuda.rope", cuda.DEVICES, LOW_PRECISION, missing=cuda.missing, unverified=True),
     Backend("reference", "fastlm.reference.rope"),
 )
 
@@ -130,7 +131,7 @@ def rope(
         k: (B, Hk, S, D) of the same dtype, or None.
         cos, sin: (S, R/2) or (B, S, R/2), R <= D: of position times frequency. float32 is read as it is.
         interleaved: which channels make a pair.
-        backend: "cpu", "triton" or "reference"; None chooses.
+        backend: "cpu", "triton", "cuda" or "reference"; None chooses.
 
     Returns:
         (q', k'), or q' alone when k is None. Each is stored as its input is: a transposed view of a (B, S, H, D) tensor
