@@ -87,7 +87,10 @@ def compile(op: str, dtype: str, chip: str) -> bytes:
 
 def with_nvrtc(op: str, dtype: str, chip: str) -> bytes:
     source = _sources.closure(f"cuda/{op}.cu", _sources.folder())
-    binary, log = _binaries.compiler().compile(source, _binaries.options(dtype, chip.removeprefix("sm_")))
+    nvrtc, why = _nvrtc.find()
+    if nvrtc is None:
+        raise FileNotFoundError(why)
+    binary, log = nvrtc.compile(source, _binaries.options(dtype, chip.removeprefix("sm_")))
     if log:
         raise RuntimeError(log)
     return binary

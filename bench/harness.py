@@ -19,6 +19,8 @@ import torch
 from torch import Tensor
 
 Run = Callable[[], Any]
+OWN = ("fastlm", "triton", "cuda")
+"""Providers that are ours: the backend that is chosen, and others that are not, by name."""
 
 
 def forward_backward(function: Callable[..., Any], inputs: Sequence[Any]) -> Run:
@@ -126,10 +128,12 @@ class Result:
     """Seconds until the call returns, where work is queued to a device."""
     errors: dict[str, str] = field(default_factory=dict)
     """Why a provider was not timed."""
+    backend: str = ""
+    """What "fastlm" ran on, where that was looked at."""
 
     @property
     def best_peer(self) -> str:
-        return min((n for n in self.medians if n != "fastlm"), key=self.medians.__getitem__, default="")
+        return min((n for n in self.medians if n not in OWN), key=self.medians.__getitem__, default="")
 
     @property
     def ratio(self) -> float:
@@ -172,7 +176,7 @@ def agree(case: Case, runs: dict[str, Run]) -> None:
     """Refuses to time a wrong result."""
     if case.tolerance is None:
         return
-    peer = next(name for name in runs if name != "fastlm")
+    peer = next(name for name in runs if name not in OWN)
     for mine, theirs in zip(_tensors(runs["fastlm"]()), _tensors(runs[peer]()), strict=True):
         wide = torch.float64 if mine.numel() < 1 << 26 else torch.float32
         mine, theirs = mine.detach().to(wide), theirs.detach().to(wide)

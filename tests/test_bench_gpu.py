@@ -20,9 +20,10 @@ from bench import peers, report
 from bench.gpu import __main__ as driver
 from bench.gpu import checks, tables, worker
 from bench.gpu.clock import CudaClock
-from bench.gpu.items import Item, attention_items, op_items, train_items
+from bench.gpu.items import Item, attention_items, forced, op_items, train_items
 from bench.gpu.record import Record
 from bench.harness import Case, Clock, forward_backward
+from fastlm import ops
 
 ROOT = Path(__file__).resolve().parent.parent
 DRY = ["--device", "cpu", "--small"]
@@ -79,6 +80,48 @@ def test_a_wrong_or_broken_result_is_not_timed(record: Record) -> None:
     assert [row["seconds"] for row in data["rows"][:2]] == [{}, {}] and data["rows"][2]["seconds"]
     assert [note["name"] for note in data["failed"]] == ["wrong 4x4 float32", "broken 4x4 float32"]
     assert "differs from eager" in data["failed"][0]["why"]
+
+
+def test_each_backend_of_ours_is_timed_and_judged_beside_the_chosen_one(record: Record) -> None:
+    twice, thrice = (lambda x: x * 2), (lambda x: x * 3)
+    good = case("good", {"fastlm": twice, "eager": twice, "triton": twice, "cuda": twice})
+    bad = case("bad", {"fastlm": twice, "eager": twice, "cuda": thrice})
+    data = run_items(record, [good, bad])
+    first, second = data["rows"]
+    assert set(first["seconds"]) == {"fastlm", "eager", "triton", "cuda"} and first["best_peer"] == "eager"
+    assert set(second["seconds"]) == {"fastlm", "eager"} and "differs from eager" in second["errors"]["cuda"]
+    assert [(note["name"], note["why"][:6]) for note in data["failed"]] == [("bad 4x4 float32", "cuda: ")]
+
+
+def test_what_is_chosen_is_named_and_not_timed_twice(record: Record) -> None:
+    def function(x: torch.Tensor) -> torch.Tensor:
+        return ops.gelu(x)
+
+    functions = {"fastlm": function, "eager": torch.nn.functional.gelu}
+    functions |= {name: forced(name, function) for name in ("cpu", "reference")}
+    (row,) = run_items(record, [case("gelu", functions)])["rows"]
+    assert row["backend"] in ("cpu", "reference")
+    assert set(row["seconds"]) == {"fastlm", "eager", "cpu", "reference"} - {row["backend"]}
+
+
+def test_a_backend_is_forced_also_where_a_step_is_returned() -> None:
+    seen: list[str] = []
+
+    def look(*_: Any) -> Any:
+        with worker.choices() as chosen:
+            ops.gelu(torch.ones(1))
+        seen.extend(chosen)
+        return look if len(seen) < 2 else torch.ones(1)
+
+    forced("reference", look)()()
+    assert seen == ["reference"] * 2
+
+
+def test_every_op_is_timed_on_the_backends_it_has(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("bench.gpu.items.ours", lambda: ["triton", "cuda"])
+    timed = {item.case.op: item.case.functions for item in op_items(small=True)}
+    assert {"triton", "cuda"} <= set(timed["gelu"]) and "triton" in timed["layer_norm"]
+    assert "cuda" not in timed["linear_cross_entropy"], "an op without the row is left alone"
 
 
 def test_time_drops_what_comes_last(record: Record, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -332,6 +375,32 @@ def test_sanitize_reads_what_the_tool_says(
     assert "memcheck: 1 errors" in "\n".join(tables.summary(record.data))
 
 
+def test_every_backend_is_sanitized(record: Record, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    tool = tmp_path / "compute-sanitizer"
+    tool.write_text('#!/bin/sh\necho "ran"\necho "========= ERROR SUMMARY: 0 errors"\necho "$@" >>"$0.called"\n')
+    tool.chmod(0o755)
+    monkeypatch.setattr(checks, "sanitizer", lambda: str(tool))
+    record.set("about", {"backends": ["triton", "cuda"]})
+    checks.sanitize(record, "cpu", time.time() + 60)
+    called = [line.split() for line in Path(f"{tool}.called").read_text().splitlines()]
+    passes = [f"{words[-1]} {words[1]}" for words in called]
+    assert passes == [
+        "triton memcheck", "triton racecheck", "cuda memcheck", "cuda racecheck", "cuda synccheck", "cuda initcheck",
+    ]  # fmt: skip
+    assert list(Record(record.path.parent).data["sanitize"]) == passes
+
+
+def test_the_build_is_for_the_gpu_at_hand(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert checks.architecture() is None
+    tool = tmp_path / "nvidia-smi"
+    tool.write_text("#!/bin/sh\necho 9.0\necho 8.9\necho 9.0\n")
+    tool.chmod(0o755)
+    assert checks.architecture() == "89 90a"
+    tool.write_text("#!/bin/sh\necho 'NVIDIA-SMI has failed'\nexit 9\n")
+    assert checks.architecture() is None
+
+
 def test_every_op_runs_on_odd_sizes() -> None:
     command = [sys.executable, "-W", "ignore", "-m", "bench.gpu.odd", "--device", "cpu"]
     run = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
@@ -374,6 +443,25 @@ def test_the_summary_tells_everything() -> None:
     assert any("500 TFLOP/s" in line for line in text)
     assert "  FAILED t" in text and "FAILED ops: failed: ImportError: x" in text
     assert text[-1] == "dropped (ops, out of time): one; two"
+
+
+def test_the_faster_backend_is_named_for_each_size() -> None:
+    def row(name: str, backend: str, **seconds: float) -> dict[str, Any]:
+        return document()["rows"][0] | {"shape": name, "name": f"gelu {name}", "backend": backend, "seconds": seconds}
+
+    rows = [
+        row("8x8", "triton", fastlm=2e-3, eager=1e-3, cuda=1e-3),
+        row("4x4", "triton", fastlm=1e-3, cuda=3e-3),
+        row("2x2", "triton", fastlm=1e-3),
+    ]
+    data = document() | {"rows": rows}
+    assert list(tables.versus(data)) == [
+        ("gelu", "8x8", "bfloat16", "cuda 1.000, triton 2.000", "cuda", "2.00x"),
+        ("gelu", "4x4", "bfloat16", "cuda 3.000, triton 1.000", "triton", "3.00x"),
+    ]
+    assert list(tables.wins(data)) == ["gelu: cuda fastest at 1 of 2, triton fastest at 1 of 2"]
+    assert any(line.endswith("cuda by 2.00x") for line in tables.summary(data))
+    assert "| gelu | 4x4 | bfloat16 | cuda 3.000, triton 1.000 | triton | 3.00× |" in list(tables.markdown(data))
 
 
 def test_plots(tmp_path: Path) -> None:

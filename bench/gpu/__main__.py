@@ -4,11 +4,12 @@
     python -m bench.gpu --out DIR --stage ops --minutes 9    one stage, within a time; may be given several times
     python -m bench.gpu --out DIR --stage tune --minutes 9   sweep the tiles of attention, print the best
 
-    build      the C++ extension where it is missing or stale; versions
+    build      the C++ extensions where they are missing or stale, CUDA binaries for this GPU; versions
     test       the tests that run on the GPU, a summary with every failure
-    sanitize   compute-sanitizer's memcheck and racecheck on odd shapes of every op
+    sanitize   compute-sanitizer on odd shapes of every op, on each backend of ours
     ceilings   copy bandwidth on random data, matrix products: what the shares below are of
-    ops        every op beside torch, torch.compile and whatever of Liger-Kernel and quack is installed
+    ops        every op on Triton and on CUDA C++, beside torch, torch.compile and whatever of Liger-Kernel and quack
+               is installed
     attention  beside SDPA's flash, cuDNN and efficient backends and flash-attn, 2 Ki to 16 Ki tokens
     train      a GPT's training step beside the same model in plain PyTorch, compiled or not
 

@@ -15,19 +15,27 @@ from typing import Any
 
 from bench.gpu.record import ROOT, Record, about
 
+ELSEWHERE = ("--ignore=tests/test_ahead_of_time.py", "--ignore=tests/test_cuda_binaries.py")
+"""Tests that take minutes and need no GPU."""
 TAIL = 4000
 """Characters of a failed command's output that are kept."""
 
 
 def build(record: Record, device: str) -> None:
-    """Builds the C++ extension where it is missing or older than a source, and notes what is installed."""
-    built = sorted((ROOT / "fastlm").glob("_C*.so"))
-    sources = [path for path in (ROOT / "csrc").rglob("*") if path.is_file()]
+    """Builds the C++ extensions where they are missing or older than a source, and notes what is installed. A dry run
+    takes what is there."""
+    names = ("_C*.so", "_cuda*.so") if device == "cuda" else ("_C*.so",)
+    built = [path for name in names for path in (ROOT / "fastlm").glob(name)]
+    sources = [path for path in (ROOT / "csrc").rglob("*") if path.is_file()] if device == "cuda" else []
+    newest = max((path.stat().st_mtime for path in sources), default=0)
     done = "up to date"
-    if not built or max(p.stat().st_mtime for p in sources) > min(p.stat().st_mtime for p in built):
+    environment = dict(os.environ)
+    if arch := architecture():
+        environment.setdefault("FASTLM_CUDA_ARCHS", arch)  # the others would take minutes and never run
+    if len(built) < len(names) or newest > min(path.stat().st_mtime for path in built):
         command = [sys.executable, "-m", "pip", "install", "--quiet", "--no-build-isolation", "--no-deps", "-e", "."]
         start = time.time()
-        run = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+        run = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env=environment)
         done = f"built in {time.time() - start:.0f} s"
         if run.returncode:
             done = "failed: " + (run.stdout + run.stderr)[-TAIL:]
@@ -39,14 +47,32 @@ def build(record: Record, device: str) -> None:
         record.note("failed", "build", "versions", run.stderr.strip().splitlines()[-1])
     else:
         record.set("about", json.loads(run.stdout.splitlines()[-1]) | {"extension": done})
+    manifest = ROOT / "fastlm" / "cuda" / "binaries" / "manifest.json"
+    if manifest.is_file():
+        told = json.loads(manifest.read_text())
+        made = {name: told.get(name) for name in ("architectures", "nvcc", "seconds", "reason")}
+        record.set("about", record.data["about"] | {"cuda binaries": made})
     print(f"build: extension {done.splitlines()[0]}; {record.data['about'] or about('cpu')}", flush=True)
+
+
+def architecture() -> str | None:
+    """FASTLM_CUDA_ARCHS for the GPU at hand, by its driver's tool: this process never opens the GPU."""
+    try:
+        command = ["nvidia-smi", "--query-gpu=compute_cap", "--format=csv,noheader"]
+        run = subprocess.run(command, capture_output=True, text=True)
+    except OSError:
+        return None
+    found = sorted({line.strip().replace(".", "") for line in run.stdout.splitlines() if re.match(r"\d+\.\d", line)})
+    return " ".join("90a" if arch == "90" else arch for arch in found) or None
 
 
 def test(record: Record, until: float, small: bool) -> None:
     """pytest of what runs on the GPU; several processes where pytest-xdist is there: compilation takes longest."""
     lines = record.path.with_name("tests.jsonl")
     lines.unlink(missing_ok=True)
-    chosen = ["tests/ops/test_gelu.py", "-k", "bad_arguments"] if small else ["tests", "-k", "triton or cuda"]
+    chosen = ["tests", "-k", "triton or cuda", *ELSEWHERE]
+    if small:
+        chosen = ["tests/ops/test_gelu.py", "-k", "bad_arguments"]
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-p", "no:benchmark"]
     command += ["-p", "bench.gpu.pytest_lines"]
     if importlib.util.find_spec("xdist") and not small:
@@ -82,41 +108,50 @@ def test(record: Record, until: float, small: bool) -> None:
         print(f"  FAILED {failure['test']}", flush=True)
 
 
+KINDS = {
+    "": ("memcheck", "racecheck"),
+    "triton": ("memcheck", "racecheck"),
+    "cuda": ("memcheck", "racecheck", "synccheck", "initcheck"),
+}
+"""Passes by backend; "" is the one that is chosen. initcheck sees what is read before it is written, by any kernel."""
+
+
 def sanitizer() -> str | None:
     return shutil.which("compute-sanitizer") or shutil.which("compute-sanitizer", path="/usr/local/cuda/bin")
 
 
 def sanitize(record: Record, device: str, until: float) -> None:
-    """memcheck and racecheck over every op on odd sizes (bench/gpu/odd.py)."""
+    """compute-sanitizer's tools over every op on odd sizes (bench/gpu/odd.py)."""
     found: dict[str, Any] = {}
     tool = sanitizer()
     if tool is None:
         record.set("sanitize", {"missing": "compute-sanitizer is not installed: memory accesses and races unchecked"})
         print(f"sanitize: {record.data['sanitize']['missing']}", flush=True)
         return
-    kinds = ("memcheck", "racecheck")
-    for position, kind in enumerate(kinds):
+    backends = record.data["about"].get("backends") or [""]
+    passes = [(f"{backend} {kind}".strip(), kind, backend) for backend in backends for kind in KINDS[backend]]
+    for position, (name, kind, backend) in enumerate(passes):
         command = [tool, "--tool", kind, "--error-exitcode", "99", "--print-limit", "20", sys.executable]
-        command += ["-m", "bench.gpu.odd", "--device", device]
+        command += ["-m", "bench.gpu.odd", "--device", device, *(["--backend", backend] if backend else [])]
         # Each tensor an allocation of its own: within torch's cache an access past the end would go unseen.
         environment = os.environ | {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
-        share = max((until - time.time()) / (len(kinds) - position), 1)
-        log = record.path.with_name(f"{kind}.log")
+        share = max((until - time.time()) / (len(passes) - position), 1)
+        log = record.path.with_name(f"{name.replace(' ', '-')}.log")
         with log.open("w") as file:
             process = subprocess.Popen(command, cwd=ROOT, stdout=file, stderr=subprocess.STDOUT, env=environment)
             try:
                 status = f"status {process.wait(share)}"
             except subprocess.TimeoutExpired:
                 status = "out of time"
-                record.note("dropped", "sanitize", f"the rest of {kind}", "out of time")
+                record.note("dropped", "sanitize", f"the rest of {name}", "out of time")
             finally:
                 if process.poll() is None:
                     process.kill()
                     process.wait()
-        found[kind] = read_log(log.read_text()) | {"ended": status}
+        found[name] = read_log(log.read_text()) | {"ended": status}
         record.set("sanitize", found)
-        errors = found[kind]["errors"]
-        print(f"sanitize: {kind}: {status}, {'no summary' if errors is None else f'{errors} errors'}", flush=True)
+        errors = found[name]["errors"]
+        print(f"sanitize: {name}: {status}, {'no summary' if errors is None else f'{errors} errors'}", flush=True)
 
 
 def read_log(text: str) -> dict[str, Any]:

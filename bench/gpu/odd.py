@@ -15,6 +15,7 @@ import fastlm
 from bench.gpu.items import attention_items, op_items
 from bench.harness import Run, forward_backward
 from fastlm import ops
+from fastlm._dispatch import NAMES
 
 
 def attention_options() -> Iterator[tuple[str, dict[str, Any]]]:
@@ -49,13 +50,15 @@ def runs() -> Iterator[tuple[str, Callable[[], Run]]]:
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m bench.gpu.odd", description=__doc__)
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
+    parser.add_argument("--backend", choices=NAMES, help="default: what is chosen")
     options = parser.parse_args()
     torch.set_default_device(options.device)
     failures = 0
     for name, make in runs():
         print(name, flush=True)
         try:
-            make()()
+            with fastlm.use_backend(options.backend):
+                make()()
         except fastlm.UnsupportedError as reason:
             print(f"  not supported: {reason}", flush=True)
         except Exception as error:  # the rest is still to be watched

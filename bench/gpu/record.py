@@ -95,11 +95,14 @@ def about(device: str) -> dict[str, Any]:
         "date": time.strftime("%Y-%m-%d"),
     }
     if device == "cuda":
+        from bench.gpu.items import ours
+
         properties = torch.cuda.get_device_properties(0)
         found |= {
             "device": properties.name,
             "multiprocessors": properties.multi_processor_count,
             "memory": properties.total_memory,
             "l2": getattr(properties, "L2_cache_size", None),
+            "backends": ours(),
         }
     return found

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+
+from bench.harness import OWN
 
 
 def rate(row: dict[str, Any], seconds: float) -> str:
@@ -28,6 +31,32 @@ def cells(row: dict[str, Any]) -> list[str]:
         row["best_peer"],
         "" if host is None else f"{1e6 * host:.0f}",
     ]
+
+
+def backends(row: dict[str, Any]) -> dict[str, float]:
+    """Seconds by backend of ours, where there is more than one."""
+    found = {name: row["seconds"][name] for name in OWN[1:] if name in row["seconds"]}
+    if row.get("backend") and "fastlm" in row["seconds"]:
+        found[row["backend"]] = row["seconds"]["fastlm"]
+    return found if len(found) > 1 else {}
+
+
+def versus(data: dict[str, Any]) -> Iterator[tuple[str, ...]]:
+    """op, shape, dtype, milliseconds of each backend, the fastest and by how much: what the order of rows goes by."""
+    for row in data["rows"]:
+        if found := backends(row):
+            first, second, *_ = sorted(found, key=found.__getitem__)
+            times = ", ".join(f"{name} {1e3 * found[name]:.3f}" for name in sorted(found))
+            yield row["op"], row["shape"], row["dtype"], times, first, f"{found[second] / found[first]:.2f}x"
+
+
+def wins(data: dict[str, Any]) -> Iterator[str]:
+    """For each op how many sizes each backend is fastest at."""
+    counts: dict[str, Counter[str]] = {}
+    for op, _, _, _, first, _ in versus(data):
+        counts.setdefault(op, Counter())[first] += 1
+    for op, by in counts.items():
+        yield f"{op}: " + ", ".join(f"{name} fastest at {count} of {by.total()}" for name, count in by.most_common())
 
 
 HEADS = ["ms", "rate", "of ceiling", "ratio", "best peer", "host us"]
@@ -56,6 +85,9 @@ def summary(data: dict[str, Any]) -> Iterator[str]:
             name for name, captured in row["graph"].items() if not captured
         )  # fmt: skip
         yield f"{row['name'][:44]:44} {ms:>9} {speed:>13} {share:>10} {ratio:>7} {peer:>14} {host:>8}{ungraphed}"
+    for op, shape, dtype, times, first, by in versus(data):
+        yield f"backends: {f'{op} {shape} {dtype}'[:44]:44} ms: {times}; {first} by {by}"
+    yield from (f"backends: {text}" for text in wins(data))
     for best in data.get("tune", []):
         yield f"tune: {best['name']}: {best['best']} {best['gain']:.2f}x the default's speed"
     for note in data["failed"]:
@@ -83,6 +115,13 @@ def markdown(data: dict[str, Any]) -> Iterator[str]:
         ms, speed, share, ratio, peer, _ = cells(row)
         ratio = ratio.replace("x", "×")
         yield f"| {row['op']} | {row['shape']} | {row['dtype']} | {ms} | {speed} | {share} | {ratio} | {peer} |"
+    measured = list(versus(data))
+    if measured:
+        yield ""
+        yield "| op | shape | dtype | ms of our backends | fastest | by |"
+        yield "|---|---|---|---|---|--:|"
+        for op, shape, dtype, times, first, by in measured:
+            yield f"| {op} | {shape} | {dtype} | {times} | {first} | {by.replace('x', '×')} |"
 
 
 def plot(data: dict[str, Any], folder: Path) -> list[Path]:

@@ -11,16 +11,19 @@ import gc
 import math
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import torch
 
 from bench.gpu.clock import CudaClock, make_clock
 from bench.gpu.items import Item, attention_items, op_items, train_items
 from bench.gpu.record import Record
-from bench.harness import Case, Clock, Result, Run, agree, dtype_name, measure_ceilings, take_turns
+from bench.harness import OWN, Case, Clock, Result, Run, agree, dtype_name, measure_ceilings, take_turns
+from fastlm._dispatch import Op
 
 MARGIN = 8.0
 """Seconds that must be left for an item to be begun."""
@@ -32,34 +35,52 @@ def short(error: BaseException) -> str:
     return f"{type(error).__name__}: {text[:200]}"
 
 
-def build(case: Case, clock: Clock, compiled: bool) -> tuple[dict[str, Run], dict[str, str]]:
-    """Runs by provider, each with inputs of its own, warm; and why others are not there."""
-    runs, errors = {}, {}
+@contextmanager
+def choices() -> Iterator[set[str]]:
+    """The backends that ops choose within the block."""
+    found: set[str] = set()
+    real = Op.select
+
+    def select(*args: Any, **options: Any) -> str:
+        name = real(*args, **options)
+        found.add(name)
+        return name
+
+    with mock.patch.object(Op, "select", select):
+        yield found
+
+
+def build(case: Case, clock: Clock, compiled: bool) -> tuple[dict[str, Run], dict[str, str], str]:
+    """Runs by provider, each with inputs of its own, warm; why others are not there; what "fastlm" runs on."""
+    runs, errors, backend = {}, {}, ""
     for name in case.functions:
-        if name == "compile" and not compiled:
+        if name == backend or (name == "compile" and not compiled):
             continue
         try:
-            with torch.device(clock.device):
+            with torch.device(clock.device), choices() as chosen:
                 run = case.build(name)[name]
-            clock.once(run)
+                clock.once(run)
             runs[name] = run
+            if name == "fastlm":
+                backend = " ".join(sorted(chosen))
         except Exception as error:
             errors[name] = short(error)
             clock.settle()  # where the device is lost this raises too, and the process ends
-    return runs, errors
+    return runs, errors, backend
 
 
 def measure(item: Item, clock: Clock, seconds: float, graphs: bool = True) -> tuple[Result, dict[str, bool]]:
     """The medians; and by provider whether a graph was timed."""
     case = item.case
-    runs, errors = build(case, clock, item.compiled)
-    result, captured = Result(case, errors=errors), {}
-    if "fastlm" in runs and len(runs) > 1:
+    runs, errors, backend = build(case, clock, item.compiled)
+    result, captured = Result(case, errors=errors, backend=backend), {}
+    peers = {name: run for name, run in runs.items() if name not in OWN}
+    for name in [name for name in runs if name in OWN] if peers else []:
         try:
-            agree(case, runs)
+            agree(case, {"fastlm": runs[name]} | peers)
         except RuntimeError as error:
-            errors["fastlm"] = short(error)
-            del runs["fastlm"]
+            errors[name] = short(error)
+            del runs[name]
     if "fastlm" not in runs:
         return result, captured
     prepared = {}
@@ -80,7 +101,7 @@ def row(stage: str, result: Result, captured: dict[str, bool], ceilings: dict[st
     found: dict[str, Any] = {
         "stage": stage, "name": case.name, "op": case.op, "shape": case.shape, "dtype": dtype_name(case.dtype),
         "seconds": result.medians, "host": result.host, "graph": captured, "errors": result.errors,
-        "bytes": case.bytes, "flops": case.flops,
+        "backend": result.backend, "bytes": case.bytes, "flops": case.flops,
     }  # fmt: skip
     if mine:
         found |= {"best_peer": result.best_peer, "ratio": None if math.isnan(result.ratio) else result.ratio}
@@ -114,8 +135,9 @@ def run_items(stage: str, items: list[Item], record: Record, clock: Clock, until
         try:
             result, captured = measure(item, clock, seconds, graphs)
             record.add(row(stage, result, captured, record.data["ceilings"]))
-            if "fastlm" in result.errors:
-                record.note("failed", stage, item.name, result.errors["fastlm"])
+            wrong = "; ".join(f"{name}: {result.errors[name]}" for name in OWN if name in result.errors)
+            if wrong:
+                record.note("failed", stage, item.name, wrong)
             print(f"{stage}: {item.name} {line(result)}", flush=True)
         except Exception as error:
             record.note("failed", stage, item.name, short(error))

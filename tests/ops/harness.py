@@ -30,14 +30,16 @@ INTERPRETED = _platform.INTERPRETED
 EMULATED = emulation.INSTALLED
 """In a run of its own, python -m tests.emulation: the CUDA kernels on CPU tensors, in every order of threads."""
 ALONE = INTERPRETED or EMULATED
-GPU = not ALONE and _platform.missing() is None
+ON_GPU = []
+if not ALONE:
+    ON_GPU = [name for name, why in (("triton", _platform.missing()), ("cuda", cuda.missing())) if why is None]
+GPU = bool(ON_GPU)
 if EMULATED:
     KERNELS = [f"cuda-{order}" for order in emulation.ORDERS]
 elif INTERPRETED:
     KERNELS = ["triton"]
 else:
-    on_gpu = [*(["triton"] if GPU else []), *(["cuda"] if cuda.missing() is None else [])]
-    KERNELS = [*(f"cpu-{isa}" for isa in native.isas()), *on_gpu]
+    KERNELS = [*(f"cpu-{isa}" for isa in native.isas()), *ON_GPU]
 BACKENDS = KERNELS if ALONE else ["reference", *KERNELS]
 each_backend = pytest.mark.parametrize("backend", BACKENDS)
 each_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=lambda d: str(d).removeprefix("torch."))
