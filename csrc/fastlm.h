@@ -272,6 +272,26 @@ void rope(DType dtype, const void* q, int64_t q_batch, int64_t q_head, int64_t q
           const void* sin, int64_t sin_batch, int64_t sin_position, int64_t B, int64_t S, int64_t D, int64_t R,
           bool interleaved, bool inverse, int device, Stream stream);
 
+// --- adam
+
+/// *result = sum of the squares of all elements of `count` gradients. grads: their addresses; sizes: their elements,
+/// both in memory of the host; parts: a number for each 16384 elements of a gradient or part of them, scratch.
+void adam_norm(DType dtype, const int64_t* grads, const int64_t* sizes, int64_t count, double* parts, double* result,
+               int device, Stream stream);
+
+/// One step of Adam on `count` parameters of `dtype`; decay is decoupled (AdamW) or added to the gradient.
+/// table: [11, count] in memory of the host: elements; then addresses of the step (float32, incremented here), the
+/// parameter, exp_avg, exp_avg_sq, max_exp_avg_sq or 0, master copy or 0 (all float32 but the parameter); the seed of
+/// stochastic rounding; addresses of the largest magnitudes of 8-bit exp_avg and exp_avg_sq or 0, of a shadow of
+/// shadow_dtype or 0. A row of addresses is 0 for all tensors or for none. grads: addresses, of `dtype` or float32.
+/// lr, grad_scale, found_inf: where they are on the device, float32 or double, or null (for lr: the number). scalars:
+/// 32 * count bytes of scratch.
+void adam_step(DType dtype, DType grad_dtype, DType shadow_dtype, const int64_t* table, const int64_t* grads,
+               int64_t count, void* scalars, double lr, const void* lr_at, bool lr_is_double, double beta1,
+               double beta2, double eps, double weight_decay, bool decoupled, bool maximize, const void* grad_scale,
+               bool grad_scale_is_double, const void* found_inf, bool found_inf_is_double, bool stochastic, int device,
+               Stream stream);
+
 #define FASTLM_CUDA_KERNELS(X) \
   X(gelu_forward)              \
   X(gelu_backward)             \
@@ -279,6 +299,8 @@ void rope(DType dtype, const void* q, int64_t q_batch, int64_t q_head, int64_t q
   X(glu_backward)              \
   X(softmax_forward)           \
   X(softmax_backward)          \
-  X(rope)
+  X(rope)                      \
+  X(adam_norm)                 \
+  X(adam_step)
 
 }  // namespace fastlm::cuda

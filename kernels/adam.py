@@ -19,6 +19,7 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import torch
@@ -26,7 +27,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastlm._walk import Walk, dense
+from fastlm._walk import Tensors, filled
 from fastlm.kernels._blockwise import dequantize, quantize
 from fastlm.kernels._launch import cdiv, empty, launch
 
@@ -305,75 +306,43 @@ def chunks(sizes: Sequence[int], chunk: int) -> tuple[np.ndarray, np.ndarray]:
     return np.repeat(np.arange(len(counts)), counts), np.cumsum(counts) - counts
 
 
-def _check(name: str, tensor: Tensor, device: torch.device, *dtypes: torch.dtype) -> Tensor:
-    """A tensor whose address can be taken; a kernel trusts what the table holds."""
+def _check(name: str, tensor: Tensor, *dtypes: torch.dtype) -> None:
+    """Raises unless the tensor's address can be taken; a kernel trusts what the table holds."""
     kind = type(tensor)
     if kind is not Tensor and kind.__torch_dispatch__ is not torch._C._disabled_torch_dispatch_impl:
         raise TypeError(f"{name} is a {kind.__name__}, which has no memory of its own; a real tensor is needed")
-    if tensor.device != device or tensor.layout is not torch.strided or tensor.is_neg():
-        raise TypeError(f"{name} must be a plain strided tensor on {device}, got {tensor.layout} on {tensor.device}")
+    if tensor.layout is not torch.strided or tensor.is_neg():
+        raise TypeError(f"{name} must be a plain strided tensor, got {tensor.layout} on {tensor.device}")
     if tensor.dtype not in dtypes:
         raise TypeError(f"{name} must be {' or '.join(str(d) for d in dtypes)}, got {tensor.dtype}")
-    return tensor
 
 
 def _aligned(addresses: Sequence[int]) -> bool:
     return not functools.reduce(int.__or__, addresses, 0) & 15
 
 
-class Prepared:
-    """The tensors of one call in the order the kernel walks them, and the tables on the device that name them."""
+class Prepared(Tensors):
+    """The tensors of one call, and the tables on the device that name them. There are no shadows here."""
 
-    def __init__(
-        self,
-        params: Sequence[Tensor],
-        exp_avgs: Sequence[Tensor],
-        exp_avg_sqs: Sequence[Tensor],
-        steps: Sequence[Tensor],
-        max_exp_avg_sqs: Sequence[Tensor],
-        master_params: Sequence[Tensor],
-        seeds: Sequence[int],
-        exp_avg_absmaxes: Sequence[Tensor],
-        exp_avg_sq_absmaxes: Sequence[Tensor],
-    ) -> None:
-        self.dtype, self.device = params[0].dtype, params[0].device
-        self.count = len(params)
-        self.amsgrad = bool(max_exp_avg_sqs)
-        self.rounding = "master" if master_params else "stochastic" if seeds else "nearest"
-        self.bits = 8 if exp_avg_absmaxes else 32
-        self.walk = Walk(params)
-        state = torch.uint8 if exp_avg_absmaxes else F32
-        lists = (
-            (steps, F32), (params, self.dtype), (exp_avgs, state), (exp_avg_sqs, state), (max_exp_avg_sqs, F32),
-            (master_params, F32), (exp_avg_absmaxes, F32), (exp_avg_sq_absmaxes, F32),
-        )  # fmt: skip
+    def __init__(self, *lists: Any) -> None:
+        super().__init__(_check, *lists)
+        self.rounding = "master" if self.masters else "stochastic" if self.stochastic else "nearest"
+        self.aligned = all(_aligned(self.rows[name]) for name in ROWS if name not in ("size", "first", "step", "seed"))
         owner, first = chunks(self.walk.sizes, CHUNK)
-        rows, self.aligned = [self.walk.sizes, first.tolist()], True
-        for name, (tensors, dtype) in zip((*ROWS[2:8], *ROWS[9:]), lists, strict=True):
-            for tensor in tensors:
-                _check(name, tensor, self.device, dtype)
-            elementwise = tensors is not steps and not name.endswith("absmax")
-            addresses = [t.data_ptr() for t in (self.walk.along(tensors) if elementwise else tensors)]
-            rows.append(addresses or [0] * self.count)
-            self.aligned = self.aligned and (tensors is steps or _aligned(addresses))
-        rows.insert(ROWS.index("seed"), list(seeds) or [0] * self.count)
         self.programs = len(owner)
         self.owner = _upload(owner, self.device)
-        self.table = _upload(np.array(rows, dtype=np.int64).reshape(-1), self.device)
-        self.grads: tuple[list[int], Tensor] | None = None
-        self.walk.watch(*(tensors for tensors, _ in lists if tensors is not params))
+        rows = {**self.rows, "first": first.tolist()}
+        self.uploaded = _upload(np.array([rows[name] for name in ROWS], dtype=np.int64).reshape(-1), self.device)
+        self.where: tuple[list[int], Tensor] | None = None
 
-    def current(self) -> bool:
-        return self.walk.current()
-
-    def gradients(self, addresses: list[int]) -> Tensor:
-        """The addresses on the device. A CUDA graph gets a row of its own: replays write it, other steps do not."""
+    def upload(self, addresses: list[int]) -> Tensor:
+        """Gradients' addresses on the device. A CUDA graph gets a row of its own: replays write it, no other step."""
         if _capturing(self.device):
-            _replayed.append((self.owner, self.table, self.walk.copies))
+            _replayed.append((self.owner, self.uploaded, self.walk.copies))
             return _upload(np.array(addresses, dtype=np.int64), self.device)
-        if self.grads is None or self.grads[0] != addresses:
-            self.grads = addresses, _upload(np.array(addresses, dtype=np.int64), self.device)
-        return self.grads[1]
+        if self.where is None or self.where[0] != addresses:
+            self.where = addresses, _upload(np.array(addresses, dtype=np.int64), self.device)
+        return self.where[1]
 
 
 def _split(x: float) -> tuple[float, float]:
@@ -400,21 +369,20 @@ def forward(
     found_inf: Tensor | None,
 ) -> None:
     device, count, walk = prepared.device, prepared.count, prepared.walk
-    dtype = grads[0].dtype if grads[0].dtype in (prepared.dtype, F32) else F32
-    kept = [_gradient(g, dtype, device, walk, i) for i, g in enumerate(grads)]
+    kept, dtype = prepared.gradients(grads)
     addresses = [g.data_ptr() for g in kept]
     lr_at = lr if isinstance(lr, Tensor) and lr.device == device else None
     found_inf = _scalar(found_inf, device)
-    scalars = empty((4, count), prepared.table, F32)
+    scalars = empty((4, count), prepared.uploaded, F32)
     walk.begin()
     launch(
-        _begin, (cdiv(count, TENSORS),), prepared.table, scalars, 0.0 if lr_at is not None else float(lr), lr_at,
+        _begin, (cdiv(count, TENSORS),), prepared.uploaded, scalars, 0.0 if lr_at is not None else float(lr), lr_at,
         _scalar(grad_scale, device), found_inf, count, *_split(math.log(beta1) if beta1 else -math.inf),
         *_split(math.log(beta2) if beta2 else -math.inf), float(weight_decay), MAXIMIZE=maximize, TENSORS=TENSORS,
         num_warps=4,
     )  # fmt: skip
     launch(
-        _step, (prepared.programs,), prepared.owner, prepared.table, prepared.gradients(addresses), scalars, found_inf,
+        _step, (prepared.programs,), prepared.owner, prepared.uploaded, prepared.upload(addresses), scalars, found_inf,
         count, float(weight_decay), 1.0 - beta1, float(beta2), 1.0 - beta2, float(eps), KIND=DTYPES[prepared.dtype],
         GRAD=DTYPES[dtype], AMSGRAD=prepared.amsgrad, ROUNDING=prepared.rounding,
         DECAY="none" if weight_decay == 0 else "decoupled" if decoupled else "coupled", BITS=prepared.bits,
@@ -422,27 +390,6 @@ def forward(
         BLOCK=BLOCK if prepared.bits == 32 else BLOCK_8BIT, num_warps=WARPS if prepared.bits == 32 else WARPS_8BIT,
     )  # fmt: skip
     walk.end()
-
-
-def _gradient(grad: Tensor, dtype: torch.dtype, device: torch.device, walk: Walk, index: int) -> Tensor:
-    """The gradient as the kernel reads it: real, of this dtype, in the parameter's memory order."""
-    if (
-        walk.strides[index] is None
-        and _plain(grad, dtype, walk.params[index].get_device())
-        and grad.numel() == walk.sizes[index]
-    ):
-        return grad
-    if grad.is_neg():
-        grad = grad.resolve_neg()
-    return walk.gradient(_check("grad", grad, device, *DTYPES), dtype, index)
-
-
-def _plain(grad: Tensor, dtype: torch.dtype, device: int) -> bool:
-    """Whether nothing is to be done about it: of almost every gradient, in a third of the time that _check() takes."""
-    return (
-        type(grad) is Tensor and grad.dtype is dtype and grad.get_device() == device
-        and grad.layout is torch.strided and grad.is_contiguous() and not grad.is_neg()
-    )  # fmt: skip
 
 
 _norm_tables: dict[object, tuple[int, Tensor, Tensor]] = {}
@@ -468,21 +415,14 @@ def _norm_table(sizes: tuple[int, ...], device: torch.device) -> tuple[int, Tens
 
 def norm(grads: Sequence[Tensor]) -> Tensor:
     """Sum of squares, float64, 0-d."""
-    dtype, device = grads[0].dtype, grads[0].device
-    kept = []
-    for grad in grads:
-        if not _plain(grad, dtype, grads[0].get_device()):
-            if grad.is_neg() or not dense(grad):
-                grad = grad.resolve_neg().contiguous()
-            _check("grad", grad, device, dtype)
-        kept.append(grad)
+    kept, device = filled(grads, _check), grads[0].device
     addresses = [g.data_ptr() for g in kept]
     programs, owner, table = _norm_table(tuple(g.numel() for g in kept), device)
     where = _upload(np.array(addresses, dtype=np.int64), device)
     parts, result = empty((programs,), where, torch.float64), empty((), where, torch.float64)
     launch(
-        _squares, (programs,), owner, table, where, parts, len(kept), GRAD=DTYPES[dtype], ALIGNED=_aligned(addresses),
-        CHUNK=NORM_CHUNK, BLOCK=BLOCK, num_warps=4,
+        _squares, (programs,), owner, table, where, parts, len(kept), GRAD=DTYPES[kept[0].dtype],
+        ALIGNED=_aligned(addresses), CHUNK=NORM_CHUNK, BLOCK=BLOCK, num_warps=4,
     )  # fmt: skip
     launch(_total, (1,), parts, result, programs, BLOCK=BLOCK, num_warps=8)
     return result

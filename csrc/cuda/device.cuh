@@ -203,6 +203,12 @@ inline float exp2_fast(float x) { return exp2f(x); }
 inline float log2_fast(float x) { return log2f(x); }
 inline float rsqrt_fast(float x) { return 1 / sqrtf(x); }
 inline float reciprocal_fast(float x) { return 1 / x; }
+inline float sqrt_fast(float x) { return sqrtf(x); }
+inline float multiply(float a, float b) {
+  float product = a * b;
+  asm("" : "+x"(product));
+  return product;
+}
 #else
 /// 2^x to 2 ulp; results below 2^-126 are 0.
 __device__ __forceinline__ float exp2_fast(float x) {
@@ -227,6 +233,14 @@ __device__ __forceinline__ float reciprocal_fast(float x) {
   asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
   return y;
 }
+/// To 1 ulp.
+__device__ __forceinline__ float sqrt_fast(float x) {
+  float y;
+  asm("sqrt.approx.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+}
+/// a * b, rounded: never made part of a fused multiplication and addition, whose bits would be others.
+__device__ __forceinline__ float multiply(float a, float b) { return __fmul_rn(a, b); }
 #endif
 /// e^x; results below 2^-126 are 0.
 __device__ __forceinline__ float exp_fast(float x) { return exp2_fast(x * LOG2_E); }

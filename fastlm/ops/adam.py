@@ -8,19 +8,24 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastlm import native
+from fastlm import cuda, native
 from fastlm._dispatch import LOW_PRECISION, Backend, Op
 from fastlm._walk import memory_order
 from fastlm.kernels import _platform
 from fastlm.reference import adam as blockwise
 from fastlm.reference.adam import BLOCK
 
+LOW = (torch.bfloat16, torch.float16)
 OP = Op(
     "adam",
     Backend("cpu", "fastlm.native.adam", frozenset({"cpu"}), LOW_PRECISION, missing=native.missing),
     Backend(
         "triton", "fastlm.kernels.adam", _platform.DEVICES, LOW_PRECISION, features=frozenset({"state_bits"}),
         missing=_platform.missing,
+    ),
+    Backend(
+        "cuda", "fastlm.cuda.adam", cuda.DEVICES, LOW_PRECISION, features=frozenset({"state_bits", "shadow_params"}),
+        missing=cuda.missing, unverified=True,
     ),
     Backend("reference", "fastlm.reference.adam"),
 )  # fmt: skip
@@ -59,6 +64,7 @@ class Prepared:
         rounding_seeds: Sequence[int] | None = None,
         exp_avg_absmaxes: Sequence[Tensor] | None = None,
         exp_avg_sq_absmaxes: Sequence[Tensor] | None = None,
+        shadow_params: Sequence[Tensor] | None = None,
         backend: str | None = None,
     ) -> None:
         if not params:
@@ -72,27 +78,32 @@ class Prepared:
                     f"params of one call must share dtype and device, got {p.dtype} on {p.device} beside {first.dtype} "
                     f"on {first.device}; make one call for each"
                 )
-        if (master_params or rounding_seeds) and first.dtype not in (torch.bfloat16, torch.float16):
+        if (master_params or rounding_seeds) and first.dtype not in LOW:
             raise ValueError(
                 f"master_params and rounding_seeds are for bfloat16 and float16 parameters, got {first.dtype}"
             )
         if master_params and rounding_seeds:
             raise ValueError("master_params and rounding_seeds exclude each other, got both")
-        exact, features = state_dtype(first), frozenset[str]()
-        if exp_avg_absmaxes or exp_avg_sq_absmaxes:
+        exact, quantized = state_dtype(first), bool(exp_avg_absmaxes or exp_avg_sq_absmaxes)
+        if quantized:
             if max_exp_avg_sqs or exact is torch.float64:
                 raise ValueError("8-bit states are for parameters other than float64, without max_exp_avg_sqs")
-            features = frozenset({"state_bits"})
             _check_blocks("exp_avg_absmaxes", exp_avg_absmaxes or (), params)
             _check_blocks("exp_avg_sq_absmaxes", exp_avg_sq_absmaxes or (), params)
-        moment = torch.uint8 if features else exact
+        if shadow_params and (first.dtype is not torch.float32 or shadow_params[0].dtype not in LOW):
+            raise ValueError(
+                "shadow_params must be bfloat16 or float16 copies of float32 parameters, got "
+                f"{shadow_params[0].dtype} for {first.dtype}"
+            )
+        moment = torch.uint8 if quantized else exact
         for name, tensors, dtype in (
             ("exp_avgs", exp_avgs, moment), ("exp_avg_sqs", exp_avg_sqs, moment),
             ("max_exp_avg_sqs", max_exp_avg_sqs, exact), ("master_params", master_params, exact),
+            ("shadow_params", shadow_params, shadow_params[0].dtype if shadow_params else exact),
         ):  # fmt: skip
             if tensors:
                 _check_like(name, tensors, params, dtype)
-        for codes, param in zip([*exp_avgs, *exp_avg_sqs], [*params, *params], strict=True) if features else ():
+        for codes, param in zip([*exp_avgs, *exp_avg_sqs], [*params, *params], strict=True) if quantized else ():
             if codes.stride() != memory_order(param):
                 raise ValueError(
                     f"exp_avgs and exp_avg_sqs of 8 bits must have strides {memory_order(param)}, as the parameter's "
@@ -104,11 +115,12 @@ class Prepared:
                 raise ValueError(f"steps must be float32 of one element, got {step.dtype} of shape {tuple(step.shape)}")
         if rounding_seeds:
             _check_length("rounding_seeds", rounding_seeds, params)
-        self.backend = OP.select(first, backend, features)
+        features = {"state_bits"} if quantized else set()
+        self.backend = OP.select(first, backend, frozenset(features | ({"shadow_params"} if shadow_params else set())))
         self._impl = OP.module(self.backend)
         self._tensors = self._impl.Prepared(
             params, exp_avgs, exp_avg_sqs, steps, max_exp_avg_sqs or (), master_params or (), rounding_seeds or (),
-            exp_avg_absmaxes or (), exp_avg_sq_absmaxes or (),
+            exp_avg_absmaxes or (), exp_avg_sq_absmaxes or (), shadow_params or (),
         )  # fmt: skip
 
     def current(self) -> bool:
@@ -172,6 +184,7 @@ def adam_step(
     rounding_seeds: Sequence[int] | None = None,
     exp_avg_absmaxes: Sequence[Tensor] | None = None,
     exp_avg_sq_absmaxes: Sequence[Tensor] | None = None,
+    shadow_params: Sequence[Tensor] | None = None,
     lr: float | Tensor,
     betas: tuple[float, float] = (0.9, 0.999),
     eps: float = 1e-8,
@@ -199,7 +212,8 @@ def adam_step(
         params: tensors of one dtype (float32, bfloat16, float16, float64) and device; any strides.
         grads: their gradients, same shapes.
         exp_avgs, exp_avg_sqs: moments, shapes of params, float32 (float64 for float64).
-        steps: one float32 number for each parameter, steps done so far; "triton" needs them on the parameters' device.
+        steps: one float32 number for each parameter, steps done so far; "triton" and "cuda" need them on the
+            parameters' device.
         max_exp_avg_sqs: like exp_avg_sqs; given, the largest second moment so far takes the second moment's place
             (AMSGrad, openreview ryQu7f-RZ).
         master_params: float32 copies of 16-bit parameters; they are updated and the parameters are their rounding.
@@ -211,10 +225,13 @@ def adam_step(
             between -1 (0 for exp_avg_sq) and 1, times the largest magnitude of its block of 256 elements, which
             stands here, float32, (ceil(numel / 256),). The update is made with float32 moments, which are rounded to
             the nearest codes. quantize() and dequantize() convert.
-        lr, betas, eps, weight_decay: the numbers of the formula. A tensor for lr is read on the device by "triton".
+        shadow_params: bfloat16 or float16 copies of float32 parameters; the step overwrites them with the rounding of
+            the new parameters while it holds those: nothing need cast before the next matrix product. Any strides.
+        lr, betas, eps, weight_decay: the numbers of the formula. A tensor for lr is read on the device by "triton" and
+            "cuda".
         grad_scale: one-element tensor the gradients are divided by. None stands for 1.
         found_inf: one-element tensor; anything but zero leaves every tensor, steps included, as it was.
-        backend: "cpu", "triton" or "reference"; None chooses.
+        backend: "cpu", "triton", "cuda" or "reference"; None chooses.
 
     Raises:
         ValueError: shapes, dtypes, devices or lengths do not agree.
@@ -233,7 +250,7 @@ def adam_step(
     Prepared(
         params, exp_avgs, exp_avg_sqs, steps, max_exp_avg_sqs=max_exp_avg_sqs, master_params=master_params,
         rounding_seeds=rounding_seeds, exp_avg_absmaxes=exp_avg_absmaxes, exp_avg_sq_absmaxes=exp_avg_sq_absmaxes,
-        backend=backend,
+        shadow_params=shadow_params, backend=backend,
     ).step(
         grads, lr=lr, betas=betas, eps=eps, weight_decay=weight_decay, decoupled=decoupled, maximize=maximize,
         grad_scale=grad_scale, found_inf=found_inf,
@@ -249,7 +266,7 @@ def grad_norm(grads: Sequence[Tensor], *, backend: str | None = None) -> Tensor:
 
     Args:
         grads: dense tensors of any floating dtypes and devices.
-        backend: "cpu", "triton" or "reference"; None chooses.
+        backend: "cpu", "triton", "cuda" or "reference"; None chooses.
 
     Returns:
         0-d float32 (float64 if any gradient is), on the device of the first gradient; 0 for an empty list.

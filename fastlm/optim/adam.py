@@ -168,7 +168,7 @@ class _Fused(torch.optim.Adam):
     ) -> None:
         """Makes what the state of a parameter lacks: at its first step, or when state of another kind was loaded."""
         state, dtype = self.state[param], state_dtype(param)
-        there = group["capturable"] or group["fused"] or backend == "triton"
+        there = group["capturable"] or group["fused"] or backend in ("triton", "cuda")
         step = state.get("step")
         if step is None:
             device = param.device if there else "cpu"
@@ -271,8 +271,8 @@ _OWN_ARGUMENTS = """
     Differences: moments of bfloat16 and float16 parameters are float32 (torch keeps them in the parameter's dtype);
     state dicts load both ways all the same. `grad_scale` and `found_inf`, set by torch.amp.GradScaler, are honoured;
     p.grad is left as it came, neither unscaled nor clipped. foreach is accepted and chooses nothing here; fused and
-    capturable say that "step" lies on the parameter's device, where the Triton backend always keeps it. That backend
-    never waits for the GPU: lr may be a tensor there, grad_scale and found_inf are read there, and after one step
+    capturable say that "step" lies on the parameter's device, where the GPU backends always keep it. These never
+    wait for the GPU: lr may be a tensor there, grad_scale and found_inf are read there, and after one step
     outside, step() can be captured in a CUDA graph (lr must then be a tensor if it shall change between replays).
 
     Raises:

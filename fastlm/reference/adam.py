@@ -27,6 +27,7 @@ class Prepared:
     seeds: Sequence[int]
     exp_avg_absmaxes: Sequence[Tensor]
     exp_avg_sq_absmaxes: Sequence[Tensor]
+    shadow_params: Sequence[Tensor] = ()
 
     def current(self) -> bool:
         return True  # tensors are read through PyTorch, wherever they lie
@@ -80,6 +81,8 @@ def forward(
         if prepared.seeds:
             w = _round_randomly(w, _random_bits(param, prepared.seeds[i], int(step)), param.dtype)
         param.copy_(w)
+        if prepared.shadow_params:
+            prepared.shadow_params[i].copy_(w)
 
 
 def norm(grads: Sequence[Tensor]) -> Tensor:

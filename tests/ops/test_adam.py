@@ -442,13 +442,13 @@ def test_elements_beyond_32_bits(backend: str, stochastic: bool) -> None:
         plain.step(grads)
         prepared = Prepared(problem.params, problem.exp_avgs, problem.exp_avg_sqs, problem.steps, **problem.options)
         tables = prepared._tensors
-        table = tables.table.view(len(adam.ROWS), 1)
+        table = tables.uploaded.view(len(adam.ROWS), 1)
         table[adam.ROWS.index("size")] += before
         table[adam.ROWS.index("first")] -= before // adam.CHUNK
         table[adam.ROWS.index("param")] -= before * dtype.itemsize
         for row in ("exp_avg", "exp_avg_sq"):
             table[adam.ROWS.index(row)] -= before * 4
-        _, where = tables.grads = [grads[0].data_ptr()], tables.gradients([grads[0].data_ptr()])
+        _, where = tables.where = [grads[0].data_ptr()], tables.upload([grads[0].data_ptr()])
         where -= before * dtype.itemsize
         prepared.step(grads, lr=1e-2, betas=(0.9, 0.999), eps=1e-8, weight_decay=0.0, decoupled=False)
     assert_same_bits(problem.exp_avgs + problem.exp_avg_sqs, plain.exp_avgs + plain.exp_avg_sqs)
