@@ -263,14 +263,14 @@ void softmax_backward(DType dtype, bool log, const void* dy, int64_t dy_stride, 
 
 /// Rotates the leading R channels of every head: (a, b) -> (a cos - b sin, b cos + a sin), by the opposite angle when
 /// `inverse`; channels from R on are copied. Pairs are (i, i + R/2), or (2i, 2i + 1) when interleaved. q: [B, Hq, S, D]
-/// with strides in elements for batch, head and position; k likewise with Hk heads, or null; out of place.
-/// cos, sin: [B, S, R/2] of `table`, the last dimension contiguous; a stride of 0 over batches for one table for all.
+/// with strides in elements for batch, head and position; q_out: contiguous as [B, Hq, S, D], or as [B, S, Hq, D] when
+/// q_by_position; k likewise with Hk heads, or null; out of place. cos, sin: [B, S, R/2] of `table` with strides for
+/// batch (0: one table for all) and position, the last dimension contiguous.
 void rope(DType dtype, const void* q, int64_t q_batch, int64_t q_head, int64_t q_position, void* q_out,
-          int64_t q_out_batch, int64_t q_out_head, int64_t q_out_position, int64_t Hq, const void* k, int64_t k_batch,
-          int64_t k_head, int64_t k_position, void* k_out, int64_t k_out_batch, int64_t k_out_head,
-          int64_t k_out_position, int64_t Hk, DType table, const void* cos, int64_t cos_batch, int64_t cos_position,
-          const void* sin, int64_t sin_batch, int64_t sin_position, int64_t B, int64_t S, int64_t D, int64_t R,
-          bool interleaved, bool inverse, int device, Stream stream);
+          bool q_by_position, int64_t Hq, const void* k, int64_t k_batch, int64_t k_head, int64_t k_position,
+          void* k_out, bool k_by_position, int64_t Hk, DType table, const void* cos, const void* sin,
+          int64_t table_batch, int64_t table_position, int64_t B, int64_t S, int64_t D, int64_t R, bool interleaved,
+          bool inverse, int device, Stream stream);
 
 // --- adam
 

@@ -27,27 +27,33 @@ const void* move(const void* at, int64_t bytes) { return static_cast<const char*
 }  // namespace
 
 void rope(DType dtype, const void* q, int64_t q_batch, int64_t q_head, int64_t q_position, void* q_out,
-          int64_t q_out_batch, int64_t q_out_head, int64_t q_out_position, int64_t Hq, const void* k, int64_t k_batch,
-          int64_t k_head, int64_t k_position, void* k_out, int64_t k_out_batch, int64_t k_out_head,
-          int64_t k_out_position, int64_t Hk, DType table, const void* cos, int64_t cos_batch, int64_t cos_position,
-          const void* sin, int64_t sin_batch, int64_t sin_position, int64_t B, int64_t S, int64_t D, int64_t R,
-          bool interleaved, bool inverse, int device, Stream stream) {
+          bool q_by_position, int64_t Hq, const void* k, int64_t k_batch, int64_t k_head, int64_t k_position,
+          void* k_out, bool k_by_position, int64_t Hk, DType table, const void* cos, const void* sin,
+          int64_t table_batch, int64_t table_position, int64_t B, int64_t S, int64_t D, int64_t R, bool interleaved,
+          bool inverse, int device, Stream stream) {
   if (B == 0 || S == 0 || D == 0 || Hq + Hk == 0) return;
   const int64_t size = size_of(dtype), half = R / 2;
   RopeArguments a{};
-  a.x[0] = {q, q_out, q_batch, q_head, q_position, q_out_batch, q_out_head, q_out_position, static_cast<int32_t>(Hq)};
-  a.x[1] = {k, k_out, k_batch, k_head, k_position, k_out_batch, k_out_head, k_out_position, static_cast<int32_t>(Hk)};
-  a.cos = {cos, cos_batch, cos_position};
-  a.sin = {sin, sin_batch, sin_position};
+  const auto tensor = [&](const void* in, int64_t batch, int64_t head, int64_t position, void* out, bool by_position,
+                          int64_t H) {
+    const int64_t out_head = by_position ? D : S * D, out_position = by_position ? H * D : D;
+    const int32_t heads = static_cast<int32_t>(H);
+    return RopeTensor{in, out, batch, head, position, H * S * D, out_head, out_position, heads};
+  };
+  a.x[0] = tensor(q, q_batch, q_head, q_position, q_out, q_by_position, Hq);
+  a.x[1] = tensor(k, k_batch, k_head, k_position, k_out, k_by_position, Hk);
+  a.cos = cos;
+  a.sin = sin;
+  a.table_batch = table_batch;
+  a.table_position = table_position;
   bool wide = half * size % 16 == 0 && D * size % 16 == 0;
   for (const RopeTensor& x : a.x) {
     if (x.heads == 0) continue;
-    wide &= even(x.in, size, B, x.in_batch, S, x.in_position) && even(x.out, size, B, x.out_batch, S, x.out_position);
-    wide &= x.heads == 1 || (x.in_head * size % 16 == 0 && x.out_head * size % 16 == 0);
+    wide &= even(x.in, size, B, x.in_batch, S, x.in_position) && aligned(x.out);
+    wide &= x.heads == 1 || x.in_head * size % 16 == 0;
   }
   const int64_t table_size = size_of(table);
-  const bool even_tables =
-      even(cos, table_size, B, cos_batch, S, cos_position) && even(sin, table_size, B, sin_batch, S, sin_position);
+  const bool even_tables = even(cos, table_size, B, table_batch, S, table_position) && aligned(sin);
   a.table = static_cast<int32_t>(table);
   if (even_tables && table == DType::float32) a.table = ROPE_WIDE_FLOAT32;
   if (even_tables && table == dtype && table != DType::float32) a.table = ROPE_WIDE_SAME;
@@ -81,8 +87,8 @@ void rope(DType dtype, const void* q, int64_t q_batch, int64_t q_head, int64_t q
         part.x[i].in = move(x.in, (b * x.in_batch + s * x.in_position) * size);
         part.x[i].out = const_cast<void*>(move(x.out, (b * x.out_batch + s * x.out_position) * size));
       }
-      part.cos.at = move(cos, (b * cos_batch + s * cos_position) * table_size);
-      part.sin.at = move(sin, (b * sin_batch + s * sin_position) * table_size);
+      part.cos = move(cos, (b * table_batch + s * table_position) * table_size);
+      part.sin = move(sin, (b * table_batch + s * table_position) * table_size);
       part.positions = Divider(min(positions, S - s));
       part.threads = static_cast<uint32_t>(min(batches, B - b) * min(positions, S - s) * units);
       const Grid grid{ceil_div(part.threads, ROPE_THREADS) * groups, ROPE_THREADS};

@@ -49,14 +49,14 @@ __device__ __forceinline__ void read(const Table* at, float* out) {
   }
 }
 
-/// The angles of SIZE pairs, of which COUNT and COUNT lie together; c and s are where each piece begins.
+/// The angles of SIZE pairs, of which COUNT and COUNT lie together, from these places of the tables on.
 template <int COUNT, bool WIDE, class Table, int SIZE>
-__device__ __forceinline__ void read(const RopeArguments& a, const int64_t (&c)[SIZE / COUNT],
-                                     const int64_t (&s)[SIZE / COUNT], float (&cos)[SIZE], float (&sin)[SIZE]) {
+__device__ __forceinline__ void read(const RopeArguments& a, const int64_t (&at)[SIZE / COUNT], float (&cos)[SIZE],
+                                     float (&sin)[SIZE]) {
   FASTLM_UNROLL
   for (int i = 0; i < SIZE / COUNT; ++i) {
-    read<COUNT, WIDE>(static_cast<const Table*>(a.cos.at) + c[i], cos + i * COUNT);
-    read<COUNT, WIDE>(static_cast<const Table*>(a.sin.at) + s[i], sin + i * COUNT);
+    read<COUNT, WIDE>(static_cast<const Table*>(a.cos) + at[i], cos + i * COUNT);
+    read<COUNT, WIDE>(static_cast<const Table*>(a.sin) + at[i], sin + i * COUNT);
   }
 }
 
@@ -102,23 +102,22 @@ __device__ __forceinline__ void rope_kernel(const RopeArguments& a) {
   float cos[SIZE] = {}, sin[SIZE] = {};
   if (turns) {
     constexpr int COUNT = INTERLEAVED ? SIZE / 2 : SIZE;
-    int64_t c[SIZE / COUNT], s[SIZE / COUNT];
+    int64_t at[SIZE / COUNT];
     FASTLM_UNROLL
     for (int i = 0; i < SIZE / COUNT; ++i) {
       const int64_t pair = INTERLEAVED ? (i == 0 ? one : two) / 2 : static_cast<int64_t>(unit) * SIZE;
-      c[i] = batch * a.cos.batch + position * a.cos.position + pair;
-      s[i] = batch * a.sin.batch + position * a.sin.position + pair;
+      at[i] = batch * a.table_batch + position * a.table_position + pair;
     }
     if (WIDE && a.table == ROPE_WIDE_FLOAT32) {
-      read<COUNT, WIDE, float>(a, c, s, cos, sin);
+      read<COUNT, WIDE, float>(a, at, cos, sin);
     } else if (WIDE && a.table == ROPE_WIDE_SAME) {
-      read<COUNT, WIDE, T>(a, c, s, cos, sin);
+      read<COUNT, WIDE, T>(a, at, cos, sin);
     } else if (a.table == 0) {
-      read<COUNT, false, float>(a, c, s, cos, sin);
+      read<COUNT, false, float>(a, at, cos, sin);
     } else if (a.table == 1) {
-      read<COUNT, false, bfloat16>(a, c, s, cos, sin);
+      read<COUNT, false, bfloat16>(a, at, cos, sin);
     } else {
-      read<COUNT, false, float16>(a, c, s, cos, sin);
+      read<COUNT, false, float16>(a, at, cos, sin);
     }
     FASTLM_UNROLL
     for (int i = 0; i < SIZE; ++i) sin[i] *= a.sign;

@@ -19,15 +19,11 @@ struct RopeTensor {  // strides in elements
   int32_t heads;
 };
 
-struct RopeTable {
-  const void* at;
-  int64_t batch, position;
-};
-
 struct RopeArguments {
   RopeTensor x[2];  // q and k
-  RopeTable cos, sin;
-  int32_t table;
+  const void *cos, *sin;
+  int64_t table_batch, table_position;
+  int32_t table;      // how the tables are read
   float sign;         // of the sine
   Divider groups;     // of heads, the queries' before the keys'
   Divider positions;  // of a batch

@@ -11,45 +11,51 @@ from fastlm.cuda import DTYPES, address, empty, extension, lane, nothing, output
 def rotate(
     q: Tensor, k: Tensor | None, cos: Tensor, sin: Tensor, interleaved: bool, inverse: bool
 ) -> tuple[Tensor, Tensor]:
-    b, _, s, d = q.shape
-    if cos.dtype is not sin.dtype or cos.dtype not in DTYPES:
-        cos, sin = cos.to(torch.float32), sin.to(torch.float32)
-    _q, q_out, q_place = _place("q", q, q.dtype)  # _q may be a copy: kept until its kernel is started
+    dtype = q.dtype
+    b, h, s, d = q.shape
+    _q, q_out, q_place = _place("q", q, dtype, b, h, s, d)  # _q may be a copy: kept until its kernel is started
     if k is None:
         k_out, k_place = nothing(q), _NO_KEYS
     else:
-        _k, k_out, k_place = _place("k", k, q.dtype)
-    _c, c_place = _table("cos", cos)
-    _t, t_place = _table("sin", sin)
+        _k, k_out, k_place = _place("k", k, dtype, b, k.shape[1], s, d)
+
+    table = cos.dtype
+    if sin.dtype is not table or table not in DTYPES:
+        table = torch.float32
+        cos, sin = cos.to(table), sin.to(table)
+    strides = cos.stride()
+    if strides[-1] != 1 or sin.stride() != strides:
+        cos, sin = cos.contiguous(), sin.contiguous()
+        strides = cos.stride()
+    shape = cos.shape
     extension().rope(
-        DTYPES[q.dtype], *q_place, *k_place, DTYPES[cos.dtype], *c_place, *t_place,
-        b, s, d, 2 * cos.shape[-1], interleaved, inverse, *lane(q),
+        DTYPES[dtype], *q_place, *k_place, DTYPES[table],
+        address("cos", cos, table, contiguous=False), address("sin", sin, table, contiguous=False),
+        strides[0] if len(shape) == 3 and shape[0] > 1 else 0, strides[-2], b, s, d, 2 * shape[-1],
+        interleaved, inverse, *lane(q),
     )  # fmt: skip
     return q_out, k_out
 
 
-_NO_KEYS: tuple[int, ...] = (0,) * 9
+_Place = tuple[int, int, int, int, int, bool, int]
+_NO_KEYS: _Place = (0, 0, 0, 0, 0, False, 0)
 
 
-def _place(name: str, x: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor, tuple[int, ...]]:
+def _place(
+    name: str, x: Tensor, dtype: torch.dtype, b: int, h: int, s: int, d: int
+) -> tuple[Tensor, Tensor, _Place]:  # fmt: skip
     """x with a contiguous last dimension; an output stored as x is, head by head or position by position; what the
     launcher takes of both."""
-    b, h, s, d = x.shape
     batch, head, position, channel = x.stride()
-    out = empty((b, s, h, d), x).transpose(1, 2) if head < position else empty((b, h, s, d), x)
+    by_position = head < position
+    made = empty((b, s, h, d) if by_position else (b, h, s, d), x)
+    out = made.transpose(1, 2) if by_position else made
     if channel != 1:
         x = x.contiguous()
         batch, head, position, _ = x.stride()
-    at = address(name, x, dtype, contiguous=False)
-    return x, out, (at, batch, head, position, output(out), *out.stride()[:3], h)
-
-
-def _table(name: str, table: Tensor) -> tuple[Tensor, tuple[int, int, int]]:
-    """The table with a contiguous last dimension; its address, its strides over batches and positions."""
-    if table.stride(-1) != 1:
-        table = table.contiguous()
-    batch = table.stride(0) if table.dim() == 3 and table.shape[0] > 1 else 0
-    return table, (address(name, table, *DTYPES, contiguous=False), batch, table.stride(-2))
+    return x, out, (
+        address(name, x, dtype, contiguous=False), batch, head, position, output(made), by_position, h,
+    )  # fmt: skip
 
 
 def forward(q: Tensor, k: Tensor | None, cos: Tensor, sin: Tensor, interleaved: bool) -> tuple[Tensor, Tensor]:

@@ -39,11 +39,10 @@ def launches(
         d if head is None else head,
         h * d if position is None else position,
     )
-    q = (at, *strides, AT, s * h * d, d, h * d, h)
-    k = (AT, s * hk * d, d, hk * d, AT, s * hk * d, d, hk * d, hk) if hk else (0,) * 9
+    q = (at, *strides, AT, True, h)
+    k = (AT, s * hk * d, d, hk * d, AT, True, hk) if hk else (0, 0, 0, 0, 0, False, 0)
     r = d if r is None else r
-    table = (AT, 0, r // 2)
-    extension.rope(dtype, *q, *k, FLOAT32, *table, *table, b, s, d, r, interleaved, False, 0, 0)
+    extension.rope(dtype, *q, *k, FLOAT32, AT, AT, 0, r // 2, b, s, d, r, interleaved, False, 0, 0)
     recorded = extension.records()
     extension.record(False)
     assert all((y, threads, cluster, shared) == (1, THREADS, 1, 0) for *_, y, threads, cluster, shared in recorded)
