@@ -69,3 +69,21 @@ def test_it_runs_as_a_module() -> None:
     done = subprocess.run([sys.executable, "-m", "fastlm.info"], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0 and not done.stderr, done.stderr
     assert "versions" in done.stdout
+
+
+def test_cuda_launchers_kernels_and_compiler(monkeypatch: pytest.MonkeyPatch) -> None:
+    from fastlm.cuda import _binaries, _nvrtc
+
+    manifest = {"launchers": "built", "nvcc": "13.0.88", "architectures": ["80", "90a"], "ptx": ["90"], "seconds": 9.4}
+    monkeypatch.setattr(_binaries, "manifest", lambda: manifest)
+    monkeypatch.setattr(_nvrtc, "find", lambda: (None, "NVRTC was not found"))
+    found = info.collect()["cuda"]
+    assert found["packaged"]["architectures"] == ["80", "90a"] and found["nvrtc"]["missing"] == "NVRTC was not found"
+    text = info.render(info.collect())
+    for part in ("for 80, 90a, 90 as PTX, by nvcc 13.0.88 in 9 s", "compiler   none: NVRTC was not found", "cache"):
+        assert part in text
+    monkeypatch.setattr(_binaries, "manifest", lambda: {"reason": "no nvcc in PATH", "launchers": "no compiler"})
+    assert "none in the package: no nvcc in PATH" in info.render(info.collect())
+    monkeypatch.setattr("fastlm.cuda._extension", None)
+    text = info.render(info.collect())
+    assert "unusable: fastlm._cuda is not built for this Python: no compiler" in text and "launchers  not built" in text
