@@ -41,10 +41,10 @@ struct Arg<Activation> {
 };
 
 #ifdef FASTLM_CUDA
-template <class... A>
-void bind(py::module_& m, const char* name, void (*launcher)(A...)) {
+template <class R, class... A>
+void bind(py::module_& m, const char* name, R (*launcher)(A...)) {
   m.def(
-      name, [launcher](typename Arg<A>::type... args) { launcher(Arg<A>::cast(args)...); },
+      name, [launcher](typename Arg<A>::type... args) { return launcher(Arg<A>::cast(args)...); },
       py::call_guard<py::gil_scoped_release>());
 }
 #else

@@ -292,6 +292,28 @@ void adam_step(DType dtype, DType grad_dtype, DType shadow_dtype, const int64_t*
                bool grad_scale_is_double, const void* found_inf, bool found_inf_is_double, bool stochastic, int device,
                Stream stream);
 
+// --- layer_norm, rms_norm
+
+/// As layer_norm_forward and rms_norm_forward above: y = (h - mean) * rstd * (weight + offset) + bias; rms_norm is the
+/// case without a mean (null). weight, bias: [N] of their own dtypes, or null. residual, seed: or null; h: with a
+/// residual.
+void norm_forward(DType dtype, const void* x, int64_t x_stride, const void* residual, int64_t residual_stride,
+                  const void* weight, DType weight_dtype, float offset, const void* bias, DType bias_dtype,
+                  const int64_t* seed, double dropout, void* h, void* y, float* mean, float* rstd, int64_t M, int64_t N,
+                  float eps, int device, Stream stream);
+
+/// How many parts of [N] float32 the next function needs room for, for each of dweight and dbias. A function of the
+/// arguments alone.
+int64_t norm_parts(DType dtype, int64_t M, int64_t N, int device);
+
+/// As layer_norm_backward and rms_norm_backward above. dweight, dbias: [N] of weight_dtype, or null; parts: for those
+/// of them that are not null, norm_parts(...) * N floats each. The order of summation depends on the shapes, the dtype
+/// and the GPU.
+void norm_backward(DType dtype, const void* dy, int64_t dy_stride, const void* x, int64_t x_stride, const void* weight,
+                   DType weight_dtype, float offset, const float* mean, const float* rstd, const void* dh,
+                   const int64_t* seed, double dropout, void* dx, void* dresidual, void* dweight, void* dbias,
+                   float* parts, int64_t M, int64_t N, int device, Stream stream);
+
 #define FASTLM_CUDA_KERNELS(X) \
   X(gelu_forward)              \
   X(gelu_backward)             \
@@ -301,6 +323,9 @@ void adam_step(DType dtype, DType grad_dtype, DType shadow_dtype, const int64_t*
   X(softmax_backward)          \
   X(rope)                      \
   X(adam_norm)                 \
-  X(adam_step)
+  X(adam_step)                 \
+  X(norm_forward)              \
+  X(norm_parts)                \
+  X(norm_backward)
 
 }  // namespace fastlm::cuda

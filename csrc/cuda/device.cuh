@@ -133,10 +133,12 @@ __device__ __forceinline__ void store_words_once(void* p, Words v) {
 // copy_commit() closes a group of them; copy_wait<P>() waits for all groups of this thread but the last P. What arrived
 // is seen by this thread; others need a barrier behind the wait.
 #ifdef FASTLM_EMULATED
-inline void copy_async(void* to, const void* from) { store_words(to, load_words(from)); }
-inline void copy_commit() {}
+inline void copy_async(void* to, const void* from) { simt::copy_later(to, from); }
+inline void copy_commit() { simt::commit_copies(); }
 template <int PENDING>
-void copy_wait() {}
+void copy_wait() {
+  simt::finish_copies(PENDING);
+}
 #else
 __device__ __forceinline__ void copy_async(void* to, const void* from) {
   uint32_t address;
@@ -149,6 +151,13 @@ __device__ __forceinline__ void copy_wait() {
   asm volatile("cp.async.wait_group %0;" ::"n"(PENDING) : "memory");
 }
 #endif
+
+/// Keeps the 16 bytes as they are from here on: what was unpacked from them before is not kept beside them.
+__device__ __forceinline__ void keep_packed([[maybe_unused]] Words& v) {
+#ifndef FASTLM_EMULATED
+  asm volatile("" : "+r"(v.x), "+r"(v.y), "+r"(v.z), "+r"(v.w));
+#endif
+}
 
 /// The 16 bytes as float32, and back.
 template <class T>

@@ -42,4 +42,17 @@ inline Cut cut_of(int64_t n, int size, std::initializer_list<const void*> tensor
   return start == 0 && step == 0 && n % width == 0 ? Cut::words : Cut::shifted;
 }
 
+/// The exponent of a power of two.
+constexpr int log2_of(int64_t power) {
+  int bits = 0;
+  while (power > int64_t{1} << bits) ++bits;
+  return bits;
+}
+
+/// What the random bits of an element are below where it is dropped: random.cuh.
+inline uint32_t drop_threshold(double dropout) {
+  const double t = dropout * 0x1p32;
+  return t >= 0x1p32 - 1 ? 0xffffffffu : static_cast<uint32_t>(t);
+}
+
 }  // namespace fastlm::cuda

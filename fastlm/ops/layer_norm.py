@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastlm import native
+from fastlm import cuda, native
 from fastlm._dispatch import LOW_PRECISION, Backend, Op
 from fastlm.kernels import _platform
 from fastlm.ops._check import check_norm
@@ -18,6 +18,7 @@ OP = Op(
     "layer_norm",
     Backend("cpu", "fastlm.native.layer_norm", frozenset({"cpu"}), LOW_PRECISION, missing=native.missing),
     Backend("triton", "fastlm.kernels.layer_norm", _platform.DEVICES, LOW_PRECISION, missing=_platform.missing),
+    Backend("cuda", "fastlm.cuda.layer_norm", cuda.DEVICES, LOW_PRECISION, missing=cuda.missing, unverified=True),
     Backend("reference", "fastlm.reference.layer_norm"),
 )
 
@@ -127,7 +128,7 @@ def layer_norm(
         x: (..., N), float32, bfloat16, float16 or float64; any strides, a copy is made unless the last is 1.
         weight, bias: (N,), any floating dtype; None stands for ones and zeros.
         eps: added to the variance, in units of x squared.
-        backend: "cpu", "triton" or "reference"; None chooses.
+        backend: "cpu", "triton", "cuda" or "reference"; None chooses.
 
     Returns:
         (..., N), dtype of x, contiguous.

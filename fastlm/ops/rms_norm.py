@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastlm import native
+from fastlm import cuda, native
 from fastlm._dispatch import LOW_PRECISION, Backend, Op
 from fastlm.kernels import _platform
 from fastlm.ops._check import check_norm
@@ -18,6 +18,7 @@ OP = Op(
     "rms_norm",
     Backend("cpu", "fastlm.native.rms_norm", frozenset({"cpu"}), LOW_PRECISION, missing=native.missing),
     Backend("triton", "fastlm.kernels.rms_norm", _platform.DEVICES, LOW_PRECISION, missing=_platform.missing),
+    Backend("cuda", "fastlm.cuda.rms_norm", cuda.DEVICES, LOW_PRECISION, missing=cuda.missing, unverified=True),
     Backend("reference", "fastlm.reference.rms_norm"),
 )
 
@@ -128,7 +129,7 @@ def rms_norm(
         eps: added to the mean square, in units of x squared; None is the machine epsilon of float32 (of float64 for
             float64), as in torch.
         offset: added to the weight: 1.0 gives Gemma's (1 + weight). Unused without a weight.
-        backend: "cpu", "triton" or "reference"; None chooses.
+        backend: "cpu", "triton", "cuda" or "reference"; None chooses.
 
     Returns:
         (..., N), dtype of x, contiguous.

@@ -16,6 +16,7 @@
 #include <cstdlib>
 #include <cstring>
 #include <string>
+#include <vector>
 
 namespace simt {
 
@@ -66,6 +67,34 @@ T shuffle(T value, unsigned source, unsigned mask) {
   T result;
   std::memcpy(&result, &bits, sizeof result);
   return result;
+}
+
+// Asynchronous copies arrive as late as they may: until then their destination is NaN.
+struct Copy {
+  void* to;  // null: the end of a group
+  const void* from;
+};
+inline std::vector<Copy> copies[MAX_WARPS * 32];  // of each thread
+inline std::vector<Copy>& my_copies() { return copies[current->warp * 32 + current->lane]; }
+inline void copy_later(void* to, const void* from) {
+  if (reinterpret_cast<uintptr_t>(to) % 16 || reinterpret_cast<uintptr_t>(from) % 16)
+    fail("an asynchronous copy whose addresses are no multiples of 16");
+  std::memset(to, 0xff, 16);
+  my_copies().push_back({to, from});
+}
+inline void commit_copies() { my_copies().push_back({nullptr, nullptr}); }
+inline void finish_copies(int pending) {
+  std::vector<Copy>& mine = my_copies();
+  int groups = -pending;
+  for (const Copy& copy : mine) groups += copy.to == nullptr;
+  size_t done = 0;
+  for (; groups > 0; ++done) {
+    if (mine[done].to)
+      std::memcpy(mine[done].to, mine[done].from, 16);
+    else
+      --groups;
+  }
+  mine.erase(mine.begin(), mine.begin() + static_cast<std::ptrdiff_t>(done));
 }
 
 using Entry = void (*)(const void* arguments);

@@ -1,0 +1,621 @@
+// layer_norm and rms_norm, with the addition of a residual and its dropout: one set of kernels, in which rms_norm is
+// the case without a mean.
+//
+// Forward     A row stays in registers as it came, 64 bytes a thread; 1 to 512 threads have one, several rows share a
+//             block. Its mean, then the deviations, whose sum corrects the mean, then y with the parameters from the
+//             cache. The team of threads depends on N alone, so a row has the same bits in a batch of any size.
+// Backward    Blocks stay for the whole call and go through their rows. A thread keeps the weight and the float32 sums
+//             of dweight and dbias for its 32 bytes of columns in registers; the next rows are on their way to shared
+//             memory meanwhile (cp.async, each thread its own pieces, so no barrier), up to three ahead. A block leaves
+//             one part of each sum; a second kernel adds the parts in order. No atomics: the same bits every time.
+// Long rows   From sm_90 on 2 to 8 blocks of a cluster share a row and add up over distributed shared memory: forward
+//             to 131072 elements of 2 bytes, backward to 65536. Else a block goes through the row in pieces (statistics
+//             by Chan et al. 1979) and again from shared memory, or from the L2 cache where the row does not fit;
+//             dweight and dbias are a kernel of their own there.
+// Bytes       forward: x (and residual) read, y (and h) written, once. backward: x, dy (and dh) read, dx (and with
+//             dropout dresidual) written, once; long rows in pieces read x and dy once more for dweight and dbias.
+//             Parts: two float32 rows a multiprocessor, which stay in the L2 cache.
+// Papers      Ba et al. 2016, arXiv:1607.06450; Zhang and Sennrich 2019, arXiv:1910.07467.
+//
+// What bounds it: 132 multiprocessors of an H200 share 4.8 TB/s, 36 bytes a nanosecond each; at 0.8 us of latency that
+// takes 29 KB on their way at all times. Forward: 64 registers, so 1024 threads of 64 bytes, 64 KB when all load; a
+// block of 128 threads at a time replaces one that is done, and while some load others compute. M = 4096, N = 768 or
+// 1024: 1024 blocks of four rows, one wave of 7.8 blocks a multiprocessor; floor of 1024 bfloat16 16.8 MB, 3.5 us.
+// Backward: 128 registers, so 512 threads, each with 64 bytes (x and dy) a row and up to three rows ahead: 96 KB. The
+// same sizes: 256 blocks of four tiles of four rows; floor 25.2 MB, 5.2 us, and 2.1 MB of parts to the L2 cache and
+// back. Issue slots: 36 bytes a nanosecond are 5 elements a cycle forward and 3.4 backward in bfloat16, of 128 lanes:
+// 25 and 37 instructions an element at most, of which the loops take some 18 and 25.
+//
+// Tried and lost, by what the compiler makes of it for sm_80 to sm_120: the float32 values kept beside the packed ones
+// (64 registers and spills, 54 without: keep_packed); x and residual loaded all at once (spills with dropout); 64 bytes
+// of columns a thread in the backward (16 spilled registers in float32; 32 bytes keep both sums).
+//
+// Never run on a GPU.
+#include "cuda/norm.cuh"
+
+namespace fastlm::cuda {
+
+// --- forward ---------------------------------------------------------------------------------------------------------
+
+/// dropout(x) + residual, rounded as h is stored.
+template <class T>
+__device__ __forceinline__ Words added(Words x, Words residual, bool drop, const RowDropout& dropout, int64_t column) {
+  constexpr int W = WIDTH<T>;
+  keep_packed(x);
+  float value[W], other[W];
+  unpack<T>(x, value);
+  if (drop) {
+    FASTLM_UNROLL
+    for (int i = 0; i < W; ++i) value[i] = dropout(value[i], column + i);
+  }
+  keep_packed(residual);
+  unpack<T>(residual, other);
+  FASTLM_UNROLL
+  for (int i = 0; i < W; ++i) value[i] += other[i];
+  return pack<T>(value);
+}
+
+/// y of one piece: d = x - mean, y = (d * rstd - shift) * (weight + offset) + bias.
+template <class T, bool ALIGNED>
+__device__ __forceinline__ Words normalised(const NormForward& a, Words x, int64_t column, int64_t n, float mean,
+                                            float rstd, float shift) {
+  constexpr int W = WIDTH<T>;
+  float value[W];
+  unpack<T>(x, value);
+  FASTLM_UNROLL
+  for (int i = 0; i < W; ++i) value[i] = fmaf(value[i] - mean, rstd, -shift);
+  if (a.weight) {
+    float weight[W];
+    load_parameter<W, ALIGNED>(a.weight, a.weight_dtype, column, n, weight);
+    FASTLM_UNROLL
+    for (int i = 0; i < W; ++i) value[i] *= weight[i] + a.offset;
+  }
+  if (a.bias) {
+    float bias[W];
+    load_parameter<W, ALIGNED>(a.bias, a.bias_dtype, column, n, bias);
+    FASTLM_UNROLL
+    for (int i = 0; i < W; ++i) value[i] += bias[i];
+  }
+  return pack<T>(value);
+}
+
+/// Rows in registers, 2^group_bits threads (of each block of a cluster) for each.
+template <class T, bool ALIGNED, bool ADD>
+__device__ __forceinline__ void norm_forward_kernel(const NormForward& a) {
+  constexpr int W = WIDTH<T>, K = NORM_WORDS;
+  const NormPlace<T> at(a.team, K);
+  RowSum sum(a.team);
+  const int64_t row = at.tile * (blockDim.x >> a.team.group_bits) + at.slot;
+  const int n = row < a.M ? static_cast<int>(a.N) : 0;
+  const float count = static_cast<float>(a.N);
+  Words v[K];
+  const T* x = static_cast<const T*>(a.x) + row * a.x_stride;
+  if (ADD && a.residual) {
+    const T* residual = static_cast<const T*>(a.residual) + row * a.residual_stride;
+    T* h = static_cast<T*>(a.h) + row * a.N;
+    const RowDropout dropout(a.seed ? *a.seed : 0, row, a.threshold, a.scale);
+    FASTLM_UNROLL
+    for (int first = 0; first < K; first += 2) {  // two of each at a time: with all at once registers spill
+      Words other[2];
+      FASTLM_UNROLL
+      for (int k = 0; k < 2; ++k) {
+        v[first + k] = load_piece<T, ALIGNED>(x, at.column + (first + k) * at.step, n);
+        other[k] = load_piece<T, ALIGNED>(residual, at.column + (first + k) * at.step, n);
+      }
+      FASTLM_UNROLL
+      for (int k = 0; k < 2; ++k) {
+        const int column = at.column + (first + k) * at.step;
+        v[first + k] = added<T>(v[first + k], other[k], a.seed != nullptr, dropout, column);
+        store_piece<T, ALIGNED>(h, column, n, v[first + k]);
+      }
+    }
+  } else {
+    FASTLM_UNROLL
+    for (int k = 0; k < K; ++k) v[k] = load_piece<T, ALIGNED>(x, at.column + k * at.step, n);
+  }
+
+  float mean = 0.f, shift = 0.f, square;
+  if (a.mean) {
+    float total = 0.f;
+    FASTLM_UNROLL
+    for (int k = 0; k < K; ++k) {
+      keep_packed(v[k]);
+      float value[W];
+      unpack<T>(v[k], value);
+      FASTLM_UNROLL
+      for (int i = 0; i < W; ++i) total += value[i];
+    }
+    mean = sum(total) / count;
+    Pair moments{0.f, 0.f};
+    FASTLM_UNROLL
+    for (int k = 0; k < K; ++k) {
+      keep_packed(v[k]);
+      float value[W];
+      unpack<T>(v[k], value);
+      FASTLM_UNROLL
+      for (int i = 0; i < W; ++i) {
+        const float d = exists<ALIGNED>(at.column + k * at.step, i, n) ? value[i] - mean : 0.f;
+        moments.a += d;
+        moments.b = fmaf(d, d, moments.b);
+      }
+    }
+    moments = sum(moments);
+    shift = moments.a / count;
+    square = fmaxf(fmaf(-shift, shift, moments.b / count), 0.f);
+  } else {
+    float total = 0.f;
+    FASTLM_UNROLL
+    for (int k = 0; k < K; ++k) {
+      keep_packed(v[k]);
+      float value[W];
+      unpack<T>(v[k], value);
+      FASTLM_UNROLL
+      for (int i = 0; i < W; ++i) total = fmaf(value[i], value[i], total);
+    }
+    square = sum(total) / count;
+  }
+  const float rstd = norm_rstd(square, a.eps);
+  if (at.column == 0 && n > 0) {
+    a.rstd[row] = rstd;
+    if (a.mean) a.mean[row] = mean + shift;
+  }
+  T* y = static_cast<T*>(a.y) + row * a.N;
+  FASTLM_UNROLL
+  for (int k = 0; k < K; ++k) {
+    const int column = at.column + k * at.step;
+    keep_packed(v[k]);
+    if (column < n)
+      store_piece<T, ALIGNED>(y, column, n, normalised<T, ALIGNED>(a, v[k], column, n, mean, rstd, shift * rstd));
+  }
+  sum.leave();
+}
+
+/// The mean and the sum of squared deviations of a thread's elements so far (Chan et al. 1979); without a mean the sum
+/// of the squares.
+struct Moments {
+  float count = 0.f, mean = 0.f, squares = 0.f;
+
+  __device__ __forceinline__ void add(float n, float total, float of_squares) {
+    if (n == 0.f) return;
+    const float both = count + n, delta = total / n - mean, share = n / both;
+    squares += fmaf(delta * delta, count * share, of_squares);
+    mean = fmaf(delta, share, mean);
+    count = both;
+  }
+};
+
+/// A block for each row: once for h and the statistics, again for y from shared memory or, where the row does not fit,
+/// from the L2 cache.
+template <class T, bool ALIGNED>
+__device__ __forceinline__ void norm_forward_long_kernel(const NormForward& a) {
+  constexpr int W = WIDTH<T>, K = 2, STEP = NORM_LONG_THREADS * W;
+  RowSum sum({9, 0});
+  const int64_t row = blockIdx.x, n = a.N;
+  const T* x = static_cast<const T*>(a.x) + row * a.x_stride;
+  const T* residual = static_cast<const T*>(a.residual) + row * a.residual_stride;
+  T* h = static_cast<T*>(a.h) + row * n;
+  Words* const kept = shared<Words>(NORM_ROOM) + threadIdx.x;
+  const RowDropout dropout(a.seed ? *a.seed : 0, row, a.threshold, a.scale);
+  Moments moments;
+  for (int64_t first = threadIdx.x * W; first < n; first += K * STEP) {
+    Words v[K];
+    FASTLM_UNROLL
+    for (int k = 0; k < K; ++k) v[k] = load_piece<T, ALIGNED, false>(x, first + k * STEP, n);
+    if (a.residual) {
+      Words other[K];
+      FASTLM_UNROLL
+      for (int k = 0; k < K; ++k) other[k] = load_piece<T, ALIGNED>(residual, first + k * STEP, n);
+      FASTLM_UNROLL
+      for (int k = 0; k < K; ++k) {
+        v[k] = added<T>(v[k], other[k], a.seed != nullptr, dropout, first + k * STEP);
+        store_piece<T, ALIGNED>(h, first + k * STEP, n, v[k]);
+      }
+    }
+    if (a.held) {
+      FASTLM_UNROLL
+      for (int k = 0; k < K; ++k) {
+        if (first + k * STEP < n) kept[(first / STEP + k) * NORM_LONG_THREADS] = v[k];
+      }
+    }
+    float total = 0.f, squares = 0.f;
+    int count = 0;
+    FASTLM_UNROLL
+    for (int k = 0; k < K; ++k) {
+      keep_packed(v[k]);
+      float value[W];
+      unpack<T>(v[k], value);
+      FASTLM_UNROLL
+      for (int i = 0; i < W; ++i) {
+        total += value[i];
+        squares = fmaf(value[i], value[i], squares);
+        count += exists<ALIGNED>(first + k * STEP, i, n);
+      }
+    }
+    if (a.mean) {
+      const float average = total / static_cast<float>(count);
+      squares = 0.f;
+      FASTLM_UNROLL
+      for (int k = 0; k < K; ++k) {
+        keep_packed(v[k]);
+        float value[W];
+        unpack<T>(v[k], value);
+        FASTLM_UNROLL
+        for (int i = 0; i < W; ++i) {
+          const float d = exists<ALIGNED>(first + k * STEP, i, n) ? value[i] - average : 0.f;
+          squares = fmaf(d, d, squares);
+        }
+      }
+      moments.add(static_cast<float>(count), total, squares);
+    } else {
+      moments.squares += squares;
+    }
+  }
+  const float count = static_cast<float>(n);
+  float mean = 0.f, shift = 0.f, square;
+  if (a.mean) {
+    mean = sum(moments.mean * moments.count) / count;
+    const float d = moments.mean - mean;
+    const Pair both = sum(Pair{d * moments.count, fmaf(d * d, moments.count, moments.squares)});
+    shift = both.a / count;
+    square = fmaxf(fmaf(-shift, shift, both.b / count), 0.f);
+  } else {
+    square = sum(moments.squares) / count;
+  }
+  const float rstd = norm_rstd(square, a.eps);
+  if (threadIdx.x == 0) {
+    a.rstd[row] = rstd;
+    if (a.mean) a.mean[row] = mean + shift;
+  }
+  const T* source = a.residual ? h : x;  // each thread reads what it wrote itself
+  T* y = static_cast<T*>(a.y) + row * n;
+  for (int64_t first = threadIdx.x * W; first < n; first += K * STEP) {
+    Words v[K];
+    FASTLM_UNROLL
+    for (int k = 0; k < K; ++k) {
+      if (!a.held)
+        v[k] = load_piece<T, ALIGNED, false>(source, first + k * STEP, n);
+      else if (first + k * STEP < n)
+        v[k] = kept[(first / STEP + k) * NORM_LONG_THREADS];
+    }
+    FASTLM_UNROLL
+    for (int k = 0; k < K; ++k) {
+      const int64_t column = first + k * STEP;
+      if (column < n)
+        store_piece<T, ALIGNED>(y, column, n, normalised<T, ALIGNED>(a, v[k], column, n, mean, rstd, shift * rstd));
+    }
+  }
+}
+
+// --- backward --------------------------------------------------------------------------------------------------------
+
+/// dx (and dresidual) of one piece, from d, the gradient of h without dh.
+template <class T, bool ALIGNED>
+__device__ __forceinline__ void store_gradient(const NormBackward& a, int64_t row, int64_t column, int64_t n,
+                                               float (&d)[WIDTH<T>], Words dh, const RowDropout& dropout) {
+  constexpr int W = WIDTH<T>;
+  if (a.dh) {
+    float more[W];
+    unpack<T>(dh, more);
+    FASTLM_UNROLL
+    for (int i = 0; i < W; ++i) d[i] += more[i];
+  }
+  if (a.seed) {
+    store_piece<T, ALIGNED>(static_cast<T*>(a.dresidual) + row * n, column, n, pack<T>(d));
+    FASTLM_UNROLL
+    for (int i = 0; i < W; ++i) d[i] = dropout(d[i], column + i);
+  }
+  store_piece<T, ALIGNED>(static_cast<T*>(a.dx) + row * n, column, n, pack<T>(d));
+}
+
+/// The ring of rows in shared memory: every thread copies and reads its own pieces alone.
+template <class T, bool ALIGNED>
+class NormRing {
+ public:
+  static constexpr int W = WIDTH<T>, K = NORM_BACKWARD_WORDS;
+
+  __device__ __forceinline__ NormRing(const NormBackward& a, const NormPlace<T>& at)
+      : a_(a), at_(at), streams_(a.dh ? 3 : 2), mine_(shared<Words>(NORM_ROOM) + threadIdx.x) {}
+
+  __device__ __forceinline__ Words* piece(int stage, int stream, int k) const {
+    return mine_ + ((stage * streams_ + stream) * K + k) * static_cast<int>(blockDim.x);
+  }
+  /// Starts the copies of a row; nothing for one behind the last.
+  __device__ __forceinline__ void fetch(int stage, int64_t row) const {
+    if (row < a_.M) {
+      one(stage, 0, static_cast<const T*>(a_.x) + row * a_.x_stride);
+      one(stage, 1, static_cast<const T*>(a_.dy) + row * a_.dy_stride);
+      if (a_.dh) one(stage, 2, static_cast<const T*>(a_.dh) + row * a_.N);
+    }
+    copy_commit();
+  }
+
+ private:
+  __device__ __forceinline__ void one(int stage, int stream, const T* row) const {
+    const int n = static_cast<int>(a_.N);
+    FASTLM_UNROLL
+    for (int k = 0; k < K; ++k) {
+      const int column = at_.column + k * at_.step;
+      if constexpr (ALIGNED) {
+        if (column < n) copy_async(piece(stage, stream, k), row + column);
+      } else {
+        if (column < n) *piece(stage, stream, k) = load_piece<T, false>(row, column, n);
+      }
+    }
+  }
+
+  const NormBackward& a_;
+  const NormPlace<T> at_;
+  const int streams_;
+  Words* const mine_;
+};
+
+/// Every so many tiles of rows in registers: dx (and dresidual), and one part of dweight and dbias for each block (each
+/// cluster).
+template <class T, bool ALIGNED>
+__device__ __forceinline__ void norm_backward_kernel(const NormBackward& a) {
+  constexpr int W = WIDTH<T>, K = NORM_BACKWARD_WORDS, E = K * W;
+  const NormPlace<T> at(a.team, K);
+  const NormRing<T, ALIGNED> ring(a, at);
+  RowSum sum(a.team);
+  const int n = static_cast<int>(a.N), height = static_cast<int>(blockDim.x) >> a.team.group_bits;
+  const float count = static_cast<float>(n);
+  const int64_t tiles = (a.M + height - 1) / height;
+  float weight[E], sum_w[E], sum_b[E];
+  FASTLM_UNROLL
+  for (int k = 0; k < K; ++k) {
+    float piece[W];
+    if (a.weight) load_parameter<W, ALIGNED>(a.weight, a.weight_dtype, at.column + k * at.step, n, piece);
+    FASTLM_UNROLL
+    for (int i = 0; i < W; ++i) {
+      weight[k * W + i] = a.weight ? piece[i] + a.offset : 1.f;
+      sum_w[k * W + i] = sum_b[k * W + i] = 0.f;
+    }
+  }
+  int64_t row = at.tile * height + at.slot;
+  const int64_t stride = at.tiles * height;
+  for (int s = 0; s < a.stages; ++s) ring.fetch(s, row + s * stride);
+  float mean = 0.f, rstd = 0.f;  // of the row to come
+  if (row < a.M) {
+    if (a.mean) mean = a.mean[row];
+    rstd = a.rstd[row];
+  }
+  int stage = 0;
+  for (int64_t tile = at.tile; tile < tiles; tile += at.tiles) {
+    const bool there = row < a.M;
+    const float mu = mean, r = rstd;
+    mean = rstd = 0.f;
+    if (row + stride < a.M) {
+      if (a.mean) mean = a.mean[row + stride];
+      rstd = a.rstd[row + stride];
+    }
+    if (a.stages == 1) {
+      copy_wait<0>();
+    } else if (a.stages == 2) {
+      copy_wait<1>();
+    } else {
+      copy_wait<2>();
+    }
+    Words x[K], g[K], dh[K];
+    Pair sums{0.f, 0.f};
+    FASTLM_UNROLL
+    for (int k = 0; k < K; ++k) {
+      x[k] = g[k] = dh[k] = {0, 0, 0, 0};
+      if (there && at.column + k * at.step < n) {
+        x[k] = *ring.piece(stage, 0, k);
+        g[k] = *ring.piece(stage, 1, k);
+        if (a.dh) dh[k] = *ring.piece(stage, 2, k);
+      }
+      float x_piece[W], g_piece[W];
+      unpack<T>(x[k], x_piece);
+      unpack<T>(g[k], g_piece);
+      FASTLM_UNROLL
+      for (int i = 0; i < W; ++i) {
+        const int e = k * W + i;
+        const float xhat = (x_piece[i] - mu) * r, scaled = g_piece[i] * weight[e];
+        sum_b[e] += g_piece[i];
+        sum_w[e] = fmaf(g_piece[i], xhat, sum_w[e]);
+        sums.a += scaled;
+        sums.b = fmaf(scaled, xhat, sums.b);
+      }
+    }
+    ring.fetch(stage, row + a.stages * stride);
+    stage = stage + 1 == a.stages ? 0 : stage + 1;
+    sums = sum(sums);
+    const float c1 = a.mean ? sums.a / count : 0.f, c2 = sums.b / count;
+    if (there) {
+      const RowDropout dropout(a.seed ? *a.seed : 0, row, a.threshold, a.scale);
+      FASTLM_UNROLL
+      for (int k = 0; k < K; ++k) {
+        const int column = at.column + k * at.step;
+        keep_packed(x[k]);
+        keep_packed(g[k]);
+        float x_piece[W], d[W];
+        unpack<T>(x[k], x_piece);
+        unpack<T>(g[k], d);
+        FASTLM_UNROLL
+        for (int i = 0; i < W; ++i) d[i] = fmaf((mu - x_piece[i]) * r, c2, fmaf(d[i], weight[k * W + i], -c1)) * r;
+        if (column < n) store_gradient<T, ALIGNED>(a, row, column, n, d, dh[k], dropout);
+      }
+    }
+    row += stride;
+  }
+  sum.leave();
+  if (!a.weight_parts && !a.bias_parts) return;
+
+  // The rows of a tile are added in shared memory, in which the ring is no longer needed.
+  copy_wait<0>();
+  const int columns = E << a.team.group_bits, local = (threadIdx.x & ((1 << a.team.group_bits) - 1)) * W;
+  float* const slots = shared<float>(NORM_ROOM);
+  const auto add_rows = [&](const float (&sums)[E], float* parts) {
+    __syncthreads();
+    FASTLM_UNROLL
+    for (int e = 0; e < E; e += 4) {
+      store_words(slots + at.slot * columns + local + e / W * at.step + e % W,
+                  {__float_as_uint(sums[e]), __float_as_uint(sums[e + 1]), __float_as_uint(sums[e + 2]),
+                   __float_as_uint(sums[e + 3])});
+    }
+    __syncthreads();
+    for (int c = threadIdx.x; c < columns; c += blockDim.x) {
+      float total = 0.f;
+      for (int s = 0; s < height; ++s) total += slots[s * columns + c];
+      const int column = at.rank * columns + c;
+      if (column < n) parts[at.tile * a.N + column] = total;
+    }
+  };
+  if (a.weight_parts) add_rows(sum_w, a.weight_parts);
+  if (a.bias_parts) add_rows(sum_b, a.bias_parts);
+}
+
+/// A block for each row: once for its two sums, again for dx from shared memory or, where x and dy do not fit, from the
+/// L2 cache.
+template <class T, bool ALIGNED>
+__device__ __forceinline__ void norm_backward_long_kernel(const NormBackward& a) {
+  constexpr int W = WIDTH<T>, K = 2, STEP = NORM_LONG_THREADS * W;
+  RowSum sum({9, 0});
+  const int64_t row = blockIdx.x, n = a.N;
+  const T* x_row = static_cast<const T*>(a.x) + row * a.x_stride;
+  const T* g_row = static_cast<const T*>(a.dy) + row * a.dy_stride;
+  const T* h_row = static_cast<const T*>(a.dh) + row * n;
+  const float mean = a.mean ? a.mean[row] : 0.f, rstd = a.rstd[row], count = static_cast<float>(n);
+  const RowDropout dropout(a.seed ? *a.seed : 0, row, a.threshold, a.scale);
+  Words* const kept = shared<Words>(NORM_ROOM) + threadIdx.x;
+  const auto pieces = [&](Words x_piece, Words g_piece, int64_t column, float (&xhat)[W], float (&g)[W]) {
+    float x[W], weight[W];
+    unpack<T>(x_piece, x);
+    unpack<T>(g_piece, g);
+    if (a.weight) load_parameter<W, ALIGNED>(a.weight, a.weight_dtype, column, n, weight);
+    FASTLM_UNROLL
+    for (int i = 0; i < W; ++i) {
+      xhat[i] = (x[i] - mean) * rstd;
+      if (a.weight) g[i] *= weight[i] + a.offset;
+    }
+  };
+  Pair sums{0.f, 0.f};
+  for (int64_t first = threadIdx.x * W; first < n; first += K * STEP) {
+    Words x[K], g[K];
+    FASTLM_UNROLL
+    for (int k = 0; k < K; ++k) {
+      x[k] = load_piece<T, ALIGNED, false>(x_row, first + k * STEP, n);
+      g[k] = load_piece<T, ALIGNED, false>(g_row, first + k * STEP, n);
+    }
+    FASTLM_UNROLL
+    for (int k = 0; k < K; ++k) {
+      const int64_t column = first + k * STEP;
+      if (column >= n) continue;
+      if (a.held) {
+        kept[(2 * (first / STEP + k)) * NORM_LONG_THREADS] = x[k];
+        kept[(2 * (first / STEP + k) + 1) * NORM_LONG_THREADS] = g[k];
+      }
+      float xhat[W], scaled[W];
+      pieces(x[k], g[k], column, xhat, scaled);
+      FASTLM_UNROLL
+      for (int i = 0; i < W; ++i) {
+        sums.a += scaled[i];
+        sums.b = fmaf(scaled[i], xhat[i], sums.b);
+      }
+    }
+  }
+  sums = sum(sums);
+  const float c1 = a.mean ? sums.a / count : 0.f, c2 = sums.b / count;
+  for (int64_t column = threadIdx.x * W; column < n; column += STEP) {
+    Words x, g, dh{0, 0, 0, 0};
+    if (a.held) {
+      x = kept[(2 * (column / STEP)) * NORM_LONG_THREADS];
+      g = kept[(2 * (column / STEP) + 1) * NORM_LONG_THREADS];
+    } else {
+      x = load_piece<T, ALIGNED, false>(x_row, column, n);
+      g = load_piece<T, ALIGNED, false>(g_row, column, n);
+    }
+    if (a.dh) dh = load_piece<T, ALIGNED>(h_row, column, n);
+    float xhat[W], d[W];
+    pieces(x, g, column, xhat, d);
+    FASTLM_UNROLL
+    for (int i = 0; i < W; ++i) d[i] = fmaf(-xhat[i], c2, d[i] - c1) * rstd;
+    store_gradient<T, ALIGNED>(a, row, column, n, d, dh, dropout);
+  }
+}
+
+/// The parts of dweight and dbias of long rows: a piece of columns for each thread, from every so many rows.
+template <class T, bool ALIGNED>
+__device__ __forceinline__ void norm_columns_kernel(const NormBackward& a) {
+  constexpr int W = WIDTH<T>, ROWS = 4;
+  const int64_t column = (static_cast<int64_t>(blockIdx.x) * NORM_COLUMN_THREADS + threadIdx.x) * W, n = a.N;
+  float sum_w[W], sum_b[W];
+  FASTLM_UNROLL
+  for (int i = 0; i < W; ++i) sum_w[i] = sum_b[i] = 0.f;
+  for (int64_t first = static_cast<int64_t>(blockIdx.y) * ROWS; first < a.M;
+       first += static_cast<int64_t>(gridDim.y) * ROWS) {
+    Words x[ROWS], g[ROWS];
+    float mean[ROWS], rstd[ROWS];
+    FASTLM_UNROLL
+    for (int k = 0; k < ROWS; ++k) {
+      const int64_t row = first + k, there = row < a.M ? n : 0;
+      x[k] = load_piece<T, ALIGNED>(static_cast<const T*>(a.x) + row * a.x_stride, column, there);
+      g[k] = load_piece<T, ALIGNED>(static_cast<const T*>(a.dy) + row * a.dy_stride, column, there);
+      mean[k] = a.mean && there ? a.mean[row] : 0.f;
+      rstd[k] = there ? a.rstd[row] : 0.f;
+    }
+    FASTLM_UNROLL
+    for (int k = 0; k < ROWS; ++k) {
+      float x_piece[W], g_piece[W];
+      unpack<T>(x[k], x_piece);
+      unpack<T>(g[k], g_piece);
+      FASTLM_UNROLL
+      for (int i = 0; i < W; ++i) {
+        sum_b[i] += g_piece[i];
+        sum_w[i] = fmaf(g_piece[i], (x_piece[i] - mean[k]) * rstd[k], sum_w[i]);
+      }
+    }
+  }
+  FASTLM_UNROLL
+  for (int i = 0; i < W; ++i) {
+    if (column + i < n) {
+      if (a.weight_parts) a.weight_parts[blockIdx.y * n + column + i] = sum_w[i];
+      if (a.bias_parts) a.bias_parts[blockIdx.y * n + column + i] = sum_b[i];
+    }
+  }
+}
+
+/// The sum of the parts, for 32 columns a block: each warp every so many of them, then the warps in order.
+__device__ __forceinline__ void norm_parts_kernel(const NormParts& a) {
+  constexpr int WARPS = NORM_PARTS_THREADS / 32;
+  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
+  const int64_t column = static_cast<int64_t>(blockIdx.x) * 32 + lane;
+  const bool inside = column < a.N;
+  const float* parts = a.parts + blockIdx.y * a.count * a.N + column;
+  float total = 0.f;
+#ifndef FASTLM_EMULATED
+#pragma unroll 4
+#endif
+  for (int64_t part = warp; part < a.count; part += WARPS) {
+    if (inside) total += parts[part * a.N];
+  }
+  float* const room = shared<float>();
+  room[warp * 32 + lane] = total;
+  __syncthreads();
+  if (warp > 0 || !inside) return;
+  for (int w = 1; w < WARPS; ++w) total += room[w * 32 + lane];
+  void* const to = a.outputs[blockIdx.y];
+  if (a.dtype == DType::float32) {
+    static_cast<float*>(to)[column] = total;
+  } else if (a.dtype == DType::bfloat16) {
+    static_cast<bfloat16*>(to)[column] = round_to<bfloat16>(total);
+  } else {
+    static_cast<float16*>(to)[column] = round_to<float16>(total);
+  }
+}
+
+FASTLM_KERNEL(norm_forward, 0, 512, 1, NormForward, norm_forward_kernel<Scalar, false, true>)
+FASTLM_KERNEL(norm_forward, 1, 512, 2, NormForward, norm_forward_kernel<Scalar, true, false>)
+FASTLM_KERNEL(norm_forward, 2, 512, 2, NormForward, norm_forward_kernel<Scalar, true, true>)
+FASTLM_KERNEL(norm_forward_long, 0, 512, 1, NormForward, norm_forward_long_kernel<Scalar, false>)
+FASTLM_KERNEL(norm_forward_long, 1, 512, 2, NormForward, norm_forward_long_kernel<Scalar, true>)
+FASTLM_KERNEL(norm_backward, 0, 512, 1, NormBackward, norm_backward_kernel<Scalar, false>)
+FASTLM_KERNEL(norm_backward, 1, 512, 1, NormBackward, norm_backward_kernel<Scalar, true>)
+FASTLM_KERNEL(norm_backward_long, 0, 512, 1, NormBackward, norm_backward_long_kernel<Scalar, false>)
+FASTLM_KERNEL(norm_backward_long, 1, 512, 2, NormBackward, norm_backward_long_kernel<Scalar, true>)
+FASTLM_KERNEL(norm_columns, 0, 256, 2, NormBackward, norm_columns_kernel<Scalar, false>)
+FASTLM_KERNEL(norm_columns, 1, 256, 2, NormBackward, norm_columns_kernel<Scalar, true>)
+FASTLM_KERNEL(norm_parts, 0, 512, 2, NormParts, norm_parts_kernel)
+
+}  // namespace fastlm::cuda
