@@ -46,6 +46,7 @@ CHIPS = tuple(f"sm_{arch}" for arch in _sources.ARCHITECTURES)
 NARROW = {
     "gelu": r"gelu_(forward|backward)_[024]",  # unaligned addresses
     "glu": r"glu_(forward|backward)_[024]",  # unaligned addresses or rows
+    "norm": r"norm_\w+_0",  # unaligned addresses or rows; norm_parts: columns of float32
     "softmax": r"softmax_(forward|backward)_[1357]",  # addresses that differ from tensor to tensor
     "rope": r"rope_0",
 }
