@@ -179,4 +179,68 @@ struct NormPlace {
 /// 1 / sqrt(square + eps), correctly rounded twice: the approximations of either lean to one side.
 __device__ __forceinline__ float norm_rstd(float square, float eps) { return 1.f / sqrtf(square + eps); }
 
+// --- arithmetic of one piece
+// ------------------------------------------------------------------------------------------
+
+/// dropout(x) + residual, rounded as h is stored.
+template <class T>
+__device__ __forceinline__ Words added(Words x, Words residual, bool drop, const RowDropout& dropout, int64_t column) {
+  constexpr int W = WIDTH<T>;
+  keep_packed(x);
+  float value[W], other[W];
+  unpack<T>(x, value);
+  if (drop) {
+    FASTLM_UNROLL
+    for (int i = 0; i < W; ++i) value[i] = dropout(value[i], column + i);
+  }
+  keep_packed(residual);
+  unpack<T>(residual, other);
+  FASTLM_UNROLL
+  for (int i = 0; i < W; ++i) value[i] += other[i];
+  return pack<T>(value);
+}
+
+/// y of one piece: d = x - mean, y = (d * rstd - shift) * (weight + offset) + bias.
+template <class T, bool ALIGNED>
+__device__ __forceinline__ Words normalised(const NormForward& a, Words x, int64_t column, int64_t n, float mean,
+                                            float rstd, float shift) {
+  constexpr int W = WIDTH<T>;
+  float value[W];
+  unpack<T>(x, value);
+  FASTLM_UNROLL
+  for (int i = 0; i < W; ++i) value[i] = fmaf(value[i] - mean, rstd, -shift);
+  if (a.weight) {
+    float weight[W];
+    load_parameter<W, ALIGNED>(a.weight, a.weight_dtype, column, n, weight);
+    FASTLM_UNROLL
+    for (int i = 0; i < W; ++i) value[i] *= weight[i] + a.offset;
+  }
+  if (a.bias) {
+    float bias[W];
+    load_parameter<W, ALIGNED>(a.bias, a.bias_dtype, column, n, bias);
+    FASTLM_UNROLL
+    for (int i = 0; i < W; ++i) value[i] += bias[i];
+  }
+  return pack<T>(value);
+}
+
+/// dx (and dresidual) of one piece, from d, the gradient of h without dh.
+template <class T, bool ALIGNED>
+__device__ __forceinline__ void store_gradient(const NormBackward& a, int64_t row, int64_t column, int64_t n,
+                                               float (&d)[WIDTH<T>], Words dh, const RowDropout& dropout) {
+  constexpr int W = WIDTH<T>;
+  if (a.dh) {
+    float more[W];
+    unpack<T>(dh, more);
+    FASTLM_UNROLL
+    for (int i = 0; i < W; ++i) d[i] += more[i];
+  }
+  if (a.seed) {
+    store_piece<T, ALIGNED>(static_cast<T*>(a.dresidual) + row * n, column, n, pack<T>(d));
+    FASTLM_UNROLL
+    for (int i = 0; i < W; ++i) d[i] = dropout(d[i], column + i);
+  }
+  store_piece<T, ALIGNED>(static_cast<T*>(a.dx) + row * n, column, n, pack<T>(d));
+}
+
 }  // namespace fastlm::cuda
