@@ -148,7 +148,12 @@ def calls(case: Case) -> dict[str, Callable[[], Any]]:
 def whole(case: Case) -> Callable[[], Any]:
     """The op's public function; of adam an optimizer's step."""
     function, inputs = case.functions["fastlm"], case.inputs()
-    return function(inputs[1:], inputs[0]) if case.op == "adam" else partial(function, *inputs)
+    if case.op != "adam":
+        return partial(function, *inputs)
+    params = [torch.nn.Parameter(tensor) for tensor in inputs[1:]]
+    for p in params:
+        p.grad = torch.ones_like(p)
+    return function(params, inputs[0])
 
 
 # --- timing ----------------------------------------------------------------------------------------------------------

@@ -72,27 +72,29 @@ class _Rope(torch.autograd.Function):
 
 
 def _check(q: Tensor, k: Tensor | None, cos: Tensor, sin: Tensor) -> None:
-    for name, x in (("q", q), ("k", k)):
-        if x is None:
-            continue
-        check_floating(name, x)
-        if x.dim() != 4:
-            raise ValueError(f"{name} must be (B, H, S, D), got {tuple(x.shape)}")
+    check_floating("q", q)
+    shape, device = q.shape, q.device  # read once: torch makes a new object for each asking
+    if len(shape) != 4:
+        raise ValueError(f"q must be (B, H, S, D), got {tuple(shape)}")
+    B, _, S, D = shape
     if k is not None:
-        check_device("k", k, q, "q")
-        if k.dtype != q.dtype or (k.shape[0], k.shape[2], k.shape[3]) != (q.shape[0], q.shape[2], q.shape[3]):
-            raise ValueError(
-                f"k must be ({q.shape[0]}, H, {q.shape[2]}, {q.shape[3]}) of {q.dtype} like q, "
-                f"got {tuple(k.shape)} of {k.dtype}"
-            )
+        check_floating("k", k)
+        keys = k.shape
+        if len(keys) != 4:
+            raise ValueError(f"k must be (B, H, S, D), got {tuple(keys)}")
+        if k.device != device:
+            check_device("k", k, q, "q")
+        if k.dtype != q.dtype or keys[0] != B or keys[2] != S or keys[3] != D:
+            raise ValueError(f"k must be ({B}, H, {S}, {D}) of {q.dtype} like q, got {tuple(keys)} of {k.dtype}")
     for name, table in (("cos", cos), ("sin", sin)):
         check_floating(name, table)
-        check_device(name, table, q, "q")
-        batch = table.dim() == 2 or (table.dim() == 3 and table.shape[0] in (1, q.shape[0]))
-        if not batch or table.shape[-2] != q.shape[2] or 2 * table.shape[-1] > q.shape[3]:
+        if table.device != device:
+            check_device(name, table, q, "q")
+        size = table.shape
+        dims = len(size)
+        if (dims != 2 and (dims != 3 or size[0] not in (1, B))) or size[-2] != S or 2 * size[-1] > D:
             raise ValueError(
-                f"{name} must be ({q.shape[2]}, R/2) or ({q.shape[0]}, {q.shape[2]}, R/2) with R <= {q.shape[3]}, "
-                f"for q {tuple(q.shape)}, got {tuple(table.shape)}"
+                f"{name} must be ({S}, R/2) or ({B}, {S}, R/2) with R <= {D}, for q {tuple(shape)}, got {tuple(size)}"
             )
         if table.requires_grad:
             raise ValueError(f"{name} must not require a gradient: rope has none for it; pass {name}.detach()")
