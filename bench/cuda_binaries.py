@@ -44,6 +44,7 @@ OPS = _sources.ops(_sources.folder())
 CHIPS = tuple(f"sm_{arch}" for arch in _sources.ARCHITECTURES)
 
 NARROW = {
+    "adam": r"adam_(begin|total)_0",  # a number a thread
     "gelu": r"gelu_(forward|backward)_[024]",  # unaligned addresses
     "glu": r"glu_(forward|backward)_[024]",  # unaligned addresses or rows
     "norm": r"norm_\w+_0",  # unaligned addresses or rows; norm_parts: columns of float32

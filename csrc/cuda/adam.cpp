@@ -15,7 +15,7 @@ Kernel squares("adam", "adam_squares"), total("adam", "adam_total");
 class Words {
  public:
   Words(int64_t* words, int32_t count) : words_(words), count_(count) {}
-  int16_t add(const int64_t* row) {
+  int32_t add(const int64_t* row) {
     for (int32_t t = 0; t < count_; ++t) words_[rows_ * count_ + t] = row[t];
     return rows_++;
   }
@@ -34,7 +34,7 @@ class Words {
  private:
   int64_t* words_;
   int32_t count_;
-  int16_t rows_ = 0;
+  int32_t rows_ = 0;
 };
 
 /// How many tensors fit into a launch with this many rows beside the first blocks.
@@ -105,19 +105,19 @@ void adam_step(DType dtype, DType grad_dtype, DType shadow_dtype, const int64_t*
     a.decoupled = decoupled && weight_decay != 0;
     a.count = static_cast<int32_t>(min(most, count - t));
     a.chunk = chunk;
-    a.shadow_dtype = static_cast<int16_t>(shadow_dtype);
+    a.shadow_dtype = static_cast<int32_t>(shadow_dtype);
     Words words(a.words, a.count);
     words.add(table + t);
     words.add(grads + t);
     for (int r : {ADAM_PARAM, ADAM_EXP_AVG, ADAM_EXP_AVG_SQ}) words.add(row(r) + t);
-    const auto add = [&](int r) { return r < 0 ? int16_t{-1} : words.add(row(r) + t); };
+    const auto add = [&](int r) { return r < 0 ? int32_t{-1} : words.add(row(r) + t); };
     a.max_exp_avg_sq = add(peak);
     a.master = add(master);
     a.seed = add(seed);
     a.exp_avg_absmax = add(mean_max);
     a.exp_avg_sq_absmax = add(square_max);
     a.shadow = add(shadow);
-    a.first = static_cast<int16_t>(rows);
+    a.first = static_cast<int32_t>(rows);
     const Grid grid{words.add_blocks(table + t, chunk), ADAM_THREADS, 1,
                     eight_bits ? int64_t{512} * int64_t{sizeof(float)} : 0};
     const int variant = adam_variant(rounding, grad_dtype != dtype);

@@ -23,6 +23,7 @@
 // 132 multiprocessors and 0.8 us ask for. 16-bit parameters: 96 bytes a lane. Issue: 33 instructions an element
 // (sm_90a, float32) of the 170 that there is time for. A tensor whose addresses do not allow that, and the last
 // elements of a tensor, go element by element, lanes side by side, in the same order of operations: the same bits.
+// Where only 16-bit tensors and codes take part, a lane does hold eight neighbours.
 // 8-bit states: a warp's 256 elements share a scale, so that its largest magnitude is five shuffles. Codes are worked
 // out (a search would be eight reads of shared memory), which costs about 30 instructions each: bound by these, not by
 // memory, for 16-bit parameters.
@@ -94,12 +95,12 @@ struct AdamCode {
   uint8_t bits;
 };
 
-/// COUNT elements of a lane, as they lie in memory. VECTOR 4: two fours, 128 elements apart; VECTOR 1: every 32nd one
-/// of the first n.
+/// COUNT elements of a lane, as they lie in memory. VECTOR 8: neighbours; VECTOR 4: two fours, 128 elements apart;
+/// VECTOR 1: every 32nd one of the first n.
 template <int VECTOR, int COUNT, class T>
 struct Elements {
-  static_assert(VECTOR == 1 || COUNT == 8, "two fours");
-  static constexpr int WORDS = VECTOR == 4 ? 2 * sizeof(T) : COUNT;
+  static constexpr int ACCESS = VECTOR * static_cast<int>(sizeof(T)) / 4;  // words of one; VECTOR 1: not used
+  static constexpr int WORDS = VECTOR > 1 ? COUNT * static_cast<int>(sizeof(T)) / 4 : COUNT;
   uint32_t words[WORDS];
 
   __device__ __forceinline__ void load(const T* p, int lane, int n) {
@@ -110,14 +111,15 @@ struct Elements {
         if (32 * i + lane < n) words[i] = bits(p[32 * i + lane]);
       }
     } else {
+      static_assert(ACCESS <= 4, "16 bytes");
       FASTLM_UNROLL
-      for (int half = 0; half < 2; ++half) {
-        const T* from = p + 128 * half + 4 * lane;
-        uint32_t* to = words + half * sizeof(T);
-        if constexpr (sizeof(T) == 4) {
+      for (int i = 0; i < COUNT / VECTOR; ++i) {
+        const T* from = p + VECTOR * (32 * i + lane);
+        uint32_t* to = words + i * ACCESS;
+        if constexpr (ACCESS == 4) {
           const Words v = load_words(from);
           to[0] = v.x, to[1] = v.y, to[2] = v.z, to[3] = v.w;
-        } else if constexpr (sizeof(T) == 2) {
+        } else if constexpr (ACCESS == 2) {
           const AdamPair v = *reinterpret_cast<const AdamPair*>(from);
           to[0] = v.x, to[1] = v.y;
         } else {
@@ -140,12 +142,12 @@ struct Elements {
       }
     } else {
       FASTLM_UNROLL
-      for (int half = 0; half < 2; ++half) {
-        T* to = p + 128 * half + 4 * lane;
-        const uint32_t* from = words + half * sizeof(T);
-        if constexpr (sizeof(T) == 4) {
+      for (int i = 0; i < COUNT / VECTOR; ++i) {
+        T* to = p + VECTOR * (32 * i + lane);
+        const uint32_t* from = words + i * ACCESS;
+        if constexpr (ACCESS == 4) {
           store_words(to, {from[0], from[1], from[2], from[3]});
-        } else if constexpr (sizeof(T) == 2) {
+        } else if constexpr (ACCESS == 2) {
           *reinterpret_cast<AdamPair*>(to) = {from[0], from[1]};
         } else {
           *reinterpret_cast<uint32_t*>(to) = from[0];
@@ -154,7 +156,7 @@ struct Elements {
     }
   }
 
-  /// The bits of element i, and of all of them.
+  /// The bits of element i, and all of them from values.
   __device__ __forceinline__ uint32_t get(int i) const {
     if constexpr (VECTOR == 1 || sizeof(T) == 4) return words[i];
     constexpr int PER = 4 / sizeof(T), BITS = 8 * sizeof(T);
@@ -169,7 +171,7 @@ struct Elements {
     if constexpr (sizeof(T) == 4) {
       FASTLM_UNROLL
       for (int i = 0; i < COUNT; ++i) words[i] = __float_as_uint(values[i]);
-    } else if constexpr (VECTOR == 4) {
+    } else if constexpr (VECTOR > 1) {
       const Words v = pack<T>(values);
       words[0] = v.x, words[1] = v.y, words[2] = v.z, words[3] = v.w;
     } else {
@@ -178,7 +180,7 @@ struct Elements {
     }
   }
   __device__ __forceinline__ void put_codes(const uint32_t (&codes)[COUNT]) {
-    if constexpr (VECTOR == 4) {
+    if constexpr (VECTOR > 1) {
       FASTLM_UNROLL
       for (int half = 0; half < 2; ++half) {
         const uint32_t* c = codes + 4 * half;
@@ -198,9 +200,10 @@ struct Elements {
   }
 };
 
+/// Where element i of a lane is.
 template <int VECTOR>
 __device__ __forceinline__ int adam_index(int lane, int i) {
-  return VECTOR == 4 ? i / 4 * 128 + 4 * lane + i % 4 : 32 * i + lane;
+  return VECTOR * (32 * (i / VECTOR) + lane) + i % VECTOR;
 }
 
 // --- stochastic rounding ---------------------------------------------------------------------------------------------
@@ -251,14 +254,14 @@ struct UnsignedMax {
 };
 
 /// What a block works on: its tensor's addresses, at the start of the chunk.
-template <class T, class State>
+template <class T, class G, class State>
 struct AdamBlock {
-  const void* grad;
+  const G* grad;
   T* param;
   State *mean, *square;
   float *peak, *master;
-  float *mean_max, *square_max;  // of 8-bit states, a number for each tile
-  void* shadow;
+  float *mean_max, *square_max;                  // of 8-bit states, a number for each tile
+  bfloat16* shadow;                              // or float16
   const float *signed_values, *unsigned_values;  // of the codes
   AdamKey key;
   uint32_t start;  // index of the chunk's first element, its lower half
@@ -273,9 +276,9 @@ __device__ __forceinline__ float adam_largest(const float (&values)[COUNT]) {
   return __uint_as_float(warp_reduce(largest, UnsignedMax()));
 }
 
-/// COUNT elements a lane, from `offset` elements into the chunk on, of which n are left (VECTOR 4: enough).
+/// COUNT elements a lane, from `offset` elements into the chunk on, of which n are left (VECTOR above 1: enough).
 template <int VECTOR, int COUNT, AdamRounding ROUNDING, class T, class G, class State>
-__device__ __forceinline__ void adam_tile(const AdamArguments& a, const AdamScalars& s, const AdamBlock<T, State>& b,
+__device__ __forceinline__ void adam_tile(const AdamArguments& a, const AdamScalars& s, const AdamBlock<T, G, State>& b,
                                           int offset, int n) {
   constexpr bool CODES = sizeof(State) == 1;
   const int lane = threadIdx.x % 32;
@@ -284,12 +287,12 @@ __device__ __forceinline__ void adam_tile(const AdamArguments& a, const AdamScal
   Elements<VECTOR, COUNT, State> means, squares;
   Elements<VECTOR, COUNT, float> masters, peaks;
   params.load(b.param + offset, lane, n);
-  grads.load(static_cast<const G*>(b.grad) + offset, lane, n);
+  grads.load(b.grad + offset, lane, n);
   means.load(b.mean + offset, lane, n);
   squares.load(b.square + offset, lane, n);
   if constexpr (ROUNDING == AdamRounding::master) masters.load(b.master + offset, lane, n);
   if constexpr (!CODES) {
-    if (b.peak != nullptr) peaks.load(b.peak + offset, lane, n);
+    if (a.max_exp_avg_sq >= 0) peaks.load(b.peak + offset, lane, n);
   }
   float mean_max = 0, square_max = 0;
   if constexpr (CODES) {
@@ -341,7 +344,7 @@ __device__ __forceinline__ void adam_tile(const AdamArguments& a, const AdamScal
   means.store(b.mean + offset, lane, n);
   squares.store(b.square + offset, lane, n);
   if constexpr (!CODES) {
-    if (b.peak != nullptr) {
+    if (a.max_exp_avg_sq >= 0) {
       FASTLM_UNROLL
       for (int i = 0; i < COUNT; ++i) {
         const float peak = peaks.value(i);
@@ -371,23 +374,17 @@ __device__ __forceinline__ void adam_tile(const AdamArguments& a, const AdamScal
   params.put(w);
   params.store(b.param + offset, lane, n);
   if constexpr (sizeof(T) == 4) {
-    if (b.shadow == nullptr) return;
+    if (a.shadow < 0) return;
     if (a.shadow_dtype == static_cast<int>(DType::bfloat16)) {
       Elements<VECTOR, COUNT, bfloat16> shadows;
       shadows.put(w);
-      shadows.store(static_cast<bfloat16*>(b.shadow) + offset, lane, n);
+      shadows.store(b.shadow + offset, lane, n);
     } else {
       Elements<VECTOR, COUNT, float16> shadows;
       shadows.put(w);
-      shadows.store(static_cast<float16*>(b.shadow) + offset, lane, n);
+      shadows.store(reinterpret_cast<float16*>(b.shadow) + offset, lane, n);
     }
   }
-}
-
-/// Whether a tile can be moved by fours.
-template <class... Pointers>
-__device__ __forceinline__ bool adam_aligned(Pointers... pointers) {
-  return ((reinterpret_cast<uintptr_t>(pointers) | ...) & 15) == 0;
 }
 
 template <AdamRounding ROUNDING, class T, class G, class State>
@@ -399,24 +396,33 @@ __device__ __forceinline__ void adam_step_kernel(const AdamArguments& a) {
   const int n = left < a.chunk ? static_cast<int>(left) : a.chunk;
   const AdamScalars s = a.scalars[tensor];
   if (s.live == 0) return;
-  const auto address = [&](int row) { return row < 0 ? 0 : a.words[row * a.count + tensor]; };
-  const auto moved = [&](int row, auto* type, int64_t by) {
-    const int64_t found = address(row);
-    return found == 0 ? decltype(type){} : reinterpret_cast<decltype(type)>(found) + by;
-  };
-  AdamBlock<T, State> b;
-  b.grad = moved(ADAM_WORD_GRAD, static_cast<const G*>(nullptr), start);
-  b.param = moved(ADAM_WORD_PARAM, static_cast<T*>(nullptr), start);
-  b.mean = moved(ADAM_WORD_EXP_AVG, static_cast<State*>(nullptr), start);
-  b.square = moved(ADAM_WORD_EXP_AVG_SQ, static_cast<State*>(nullptr), start);
-  b.peak = moved(a.max_exp_avg_sq, static_cast<float*>(nullptr), start);
-  b.master = moved(a.master, static_cast<float*>(nullptr), start);
-  b.mean_max = moved(a.exp_avg_absmax, static_cast<float*>(nullptr), start / ADAM_TILE);
-  b.square_max = moved(a.exp_avg_sq_absmax, static_cast<float*>(nullptr), start / ADAM_TILE);
-  b.shadow = moved(a.shadow, static_cast<bfloat16*>(nullptr), start);
+  // Row 0 stands for what is not there. Null in its place would be a pointer that the compiler cannot tell is global.
+  const auto word = [&](int row) { return a.words[(row < 0 ? 0 : row) * a.count + tensor]; };
+  AdamBlock<T, G, State> b;
+  b.grad = reinterpret_cast<const G*>(word(ADAM_WORD_GRAD)) + start;
+  b.param = reinterpret_cast<T*>(word(ADAM_WORD_PARAM)) + start;
+  b.mean = reinterpret_cast<State*>(word(ADAM_WORD_EXP_AVG)) + start;
+  b.square = reinterpret_cast<State*>(word(ADAM_WORD_EXP_AVG_SQ)) + start;
+  uintptr_t all = reinterpret_cast<uintptr_t>(b.grad) | reinterpret_cast<uintptr_t>(b.param) |
+                  reinterpret_cast<uintptr_t>(b.mean) | reinterpret_cast<uintptr_t>(b.square);
+  if constexpr (CODES) {
+    b.mean_max = reinterpret_cast<float*>(word(a.exp_avg_absmax)) + start / ADAM_TILE;
+    b.square_max = reinterpret_cast<float*>(word(a.exp_avg_sq_absmax)) + start / ADAM_TILE;
+  } else {
+    b.peak = reinterpret_cast<float*>(word(a.max_exp_avg_sq)) + start;
+    if (a.max_exp_avg_sq >= 0) all |= reinterpret_cast<uintptr_t>(b.peak);
+  }
+  if constexpr (ROUNDING == AdamRounding::master) {
+    b.master = reinterpret_cast<float*>(word(a.master)) + start;
+    all |= reinterpret_cast<uintptr_t>(b.master);
+  }
+  if constexpr (sizeof(T) == 4) {
+    b.shadow = reinterpret_cast<bfloat16*>(word(a.shadow)) + start;
+    if (a.shadow >= 0) all |= reinterpret_cast<uintptr_t>(b.shadow);
+  }
   b.start = static_cast<uint32_t>(start);
   if constexpr (ROUNDING == AdamRounding::stochastic) {
-    b.key = adam_key(static_cast<uint64_t>(address(a.seed)), s.step, start);
+    b.key = adam_key(static_cast<uint64_t>(word(a.seed)), s.step, start);
   }
   if constexpr (CODES) {
     float* const values = shared<float>();
@@ -428,11 +434,13 @@ __device__ __forceinline__ void adam_step_kernel(const AdamArguments& a) {
     b.signed_values = values;
     b.unsigned_values = values + 256;
   }
-  const bool wide = adam_aligned(b.grad, b.param, b.mean, b.square, b.peak, b.master, b.shadow);
+  const bool wide = all % 16 == 0;
   for (int offset = static_cast<int>(threadIdx.x) / 32 * ADAM_TILE; offset < n;
        offset += ADAM_THREADS / 32 * ADAM_TILE) {
+    // Where no float32 tensor takes part, eight neighbours a lane leave no holes either, in half the accesses.
+    constexpr int WIDEST = CODES && sizeof(T) == 2 && sizeof(G) == 2 && ROUNDING != AdamRounding::master ? 8 : 4;
     if (wide && offset + ADAM_TILE <= n) {
-      adam_tile<4, 8, ROUNDING, T, G>(a, s, b, offset, ADAM_TILE);
+      adam_tile<WIDEST, 8, ROUNDING, T, G>(a, s, b, offset, ADAM_TILE);
       continue;
     }
     constexpr int COUNT = CODES ? 8 : 4;  // eight would need more registers than four in wide accesses
@@ -460,7 +468,7 @@ __device__ __forceinline__ void adam_squares_kernel(const AdamNormArguments& a) 
     for (int i = 0; i < WIDTH<T>; ++i) sum = fmaf(values[i], values[i], sum);
     total += sum;
   };
-  if (adam_aligned(grad)) {
+  if (reinterpret_cast<uintptr_t>(grad) % 16 == 0) {
     const int first = static_cast<int>(threadIdx.x) * WIDTH<T>;
     for (; done + FLIGHT * STEP <= n; done += FLIGHT * STEP) {
       Words words[FLIGHT];
@@ -492,15 +500,14 @@ FASTLM_KERNEL(adam_begin, 0, 128, 1, AdamBeginArguments, adam_begin_kernel)
 FASTLM_KERNEL(adam_squares, 0, 256, 4, AdamNormArguments, adam_squares_kernel<Scalar>)
 FASTLM_KERNEL(adam_total, 0, 256, 1, AdamTotalArguments, adam_total_kernel)
 
-// Blocks of a multiprocessor: 3 leave 80 registers; with 4 some variants spill on sm_90 and sm_120. The variants with
-// codes and random bits are the other way round.
+// Blocks of a multiprocessor: 3 leave 80 registers, 4 leave 64. With these nothing spills, for any of the six chips.
 #define FASTLM_ADAM(variant, codes_blocks, rounding, G)                                                  \
   FASTLM_KERNEL(adam_step, variant, 256, 3, AdamArguments, adam_step_kernel<rounding, Scalar, G, float>) \
   FASTLM_KERNEL(adam_codes, variant, 256, codes_blocks, AdamArguments, adam_step_kernel<rounding, Scalar, G, AdamCode>)
 
-FASTLM_ADAM(0, 3, AdamRounding::nearest, Scalar)
+FASTLM_ADAM(0, (FASTLM_DTYPE == 0 ? 3 : 4), AdamRounding::nearest, Scalar)
 #if FASTLM_DTYPE != 0
-FASTLM_ADAM(1, 3, AdamRounding::nearest, float)
+FASTLM_ADAM(1, 4, AdamRounding::nearest, float)
 FASTLM_ADAM(2, 3, AdamRounding::master, Scalar)
 FASTLM_ADAM(3, 3, AdamRounding::master, float)
 FASTLM_ADAM(4, 4, AdamRounding::stochastic, Scalar)

@@ -60,8 +60,8 @@ struct AdamArguments {
   const AdamScalars* scalars;  // of the first tensor of this launch
   float coupled_decay, one_minus_beta1, beta2, one_minus_beta2, eps;
   int32_t decoupled, count, chunk;
-  int16_t max_exp_avg_sq, master, seed, exp_avg_absmax, exp_avg_sq_absmax, shadow;  // their rows in words, or -1
-  int16_t first, shadow_dtype;
+  int32_t max_exp_avg_sq, master, seed, exp_avg_absmax, exp_avg_sq_absmax, shadow;  // their rows in words, or -1
+  int32_t first, shadow_dtype;
   /// Rows of `count` numbers: elements, gradients, parameters, moments, then what else there is; from row `first` on
   /// each tensor's first block, two numbers to a word.
   int64_t words[ADAM_WORDS];
