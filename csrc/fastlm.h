@@ -87,6 +87,7 @@ void rope(DType dtype, const void* q, int64_t q_batch, int64_t q_head, int64_t q
           int64_t k_head, int64_t k_position, void* k_out, int64_t k_out_batch, int64_t k_out_head,
           int64_t k_out_position, int64_t Hk, const float* cos, const float* sin, int64_t table_batch, int64_t B,
           int64_t S, int64_t D, int64_t R, bool interleaved, bool inverse, int threads);
+
 // --- attention ------------------------------------------------------------------------------------------------------
 // Dimensions: B batch, H heads, Hk key heads (H / Hk query heads read one), S queries, T keys, D and Dv head dims <=
 // 256.
@@ -249,6 +250,24 @@ void glu_backward(DType dtype, Activation activation, const void* dy, int64_t dy
                   int64_t gate_stride, const void* up, int64_t up_stride, void* dgate, void* dup, int64_t out_stride,
                   int64_t M, int64_t N, int device, Stream stream);
 
+// --- embedding
+
+/// y[i] = weight[ids[i]] for M ids, int64 (wide_ids) or int32; NaN where an id is not in [0, V). weight: [V, N], rows
+/// weight_stride apart; y: [M, N] contiguous.
+void embedding_forward(DType dtype, bool wide_ids, const void* ids, const void* weight, int64_t weight_stride, void* y,
+                       int64_t M, int64_t V, int64_t N, int device, Stream stream);
+
+/// starts[v] = how many of the M ascending keys are below v, for v = 0 .. V; keys: int64 (wide_keys) or int32.
+void embedding_starts(bool wide_keys, const void* keys, int64_t* starts, int64_t M, int64_t V, int device,
+                      Stream stream);
+
+/// dweight[v] = the sum of dy[order[p]] over starts[v] <= p < starts[v + 1] in float32, 0 for v = padding_idx (-1 for
+/// none). dy: [M, N], rows dy_stride apart; keys as above, order: their places in ids; partial: M / 128 rows of N
+/// floats, N rounded up to whole 16 bytes of `dtype`; dweight: [V, N] contiguous.
+void embedding_backward(DType dtype, const void* dy, int64_t dy_stride, bool wide_keys, const void* keys,
+                        const int64_t* order, const int64_t* starts, float* partial, void* dweight, int64_t M,
+                        int64_t V, int64_t N, int64_t padding_idx, int device, Stream stream);
+
 // --- softmax
 
 /// y = softmax(x) over each of M rows of N, or its logarithm. x: rows x_stride apart, y contiguous.
@@ -319,6 +338,9 @@ void norm_backward(DType dtype, const void* dy, int64_t dy_stride, const void* x
   X(gelu_backward)             \
   X(glu_forward)               \
   X(glu_backward)              \
+  X(embedding_forward)         \
+  X(embedding_starts)          \
+  X(embedding_backward)        \
   X(softmax_forward)           \
   X(softmax_backward)          \
   X(rope)                      \

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fastlm import cuda
 from fastlm._dispatch import LOW_PRECISION, Backend, Op
 from fastlm.kernels import _platform
 from fastlm.ops._check import check_device, check_floating
@@ -16,6 +17,7 @@ from fastlm.ops._library import define, no_double_backward
 OP = Op(
     "embedding",
     Backend("triton", "fastlm.kernels.embedding", _platform.DEVICES, LOW_PRECISION, missing=_platform.missing),
+    Backend("cuda", "fastlm.cuda.embedding", cuda.DEVICES, LOW_PRECISION, missing=cuda.missing, unverified=True),
     Backend("reference", "fastlm.reference.embedding"),
 )
 
@@ -62,7 +64,7 @@ def embedding(ids: Tensor, weight: Tensor, padding_idx: int | None = None, *, ba
         ids: any shape, int64 or int32, each in [0, V).
         weight: (V, N), float32, bfloat16, float16 or float64; any row stride, a copy is made unless the last is 1.
         padding_idx: the row that gets no gradient, counted from the end when negative; None for none.
-        backend: "triton" or "reference"; None chooses.
+        backend: "triton", "cuda" or "reference"; None chooses.
 
     Returns:
         (*ids.shape, N), dtype of weight, contiguous.
