@@ -141,7 +141,7 @@ def _cuda(cuda: dict[str, Any]) -> list[str]:
     packaged, nvrtc = cuda["packaged"], cuda["nvrtc"]
     if packaged["nvcc"]:
         names = [*packaged["architectures"], *(f"{arch} as PTX" for arch in packaged["ptx"])]
-        kernels = f"for {', '.join(names)}, by nvcc {packaged['nvcc']} in {packaged['seconds']:.0f} s"
+        kernels = f"for {', '.join(names)}, by nvcc {packaged['nvcc']} ({packaged['seconds']:.0f} s)"
     else:
         kernels = f"none in the package: {packaged['reason'] or 'fastlm was not installed from here'}"
     compiler = f"NVRTC {nvrtc['version']}, {nvrtc['path']}" if nvrtc["path"] else f"none: {nvrtc['missing']}"

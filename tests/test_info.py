@@ -80,7 +80,7 @@ def test_cuda_launchers_kernels_and_compiler(monkeypatch: pytest.MonkeyPatch) ->
     found = info.collect()["cuda"]
     assert found["packaged"]["architectures"] == ["80", "90a"] and found["nvrtc"]["missing"] == "NVRTC was not found"
     text = info.render(info.collect())
-    for part in ("for 80, 90a, 90 as PTX, by nvcc 13.0.88 in 9 s", "compiler   none: NVRTC was not found", "cache"):
+    for part in ("for 80, 90a, 90 as PTX, by nvcc 13.0.88 (9 s)", "compiler   none: NVRTC was not found", "cache"):
         assert part in text
     monkeypatch.setattr(_binaries, "manifest", lambda: {"reason": "no nvcc in PATH", "launchers": "no compiler"})
     assert "none in the package: no nvcc in PATH" in info.render(info.collect())

@@ -174,10 +174,10 @@ def test_nvcc_on_the_path(cuda: Path) -> None:
     run = install(cuda)
     assert run.returncode == 0, run.stderr
     assert binaries(package(cuda)) == ALL and extensions(package(cuda)) == {"_C", "_cuda"}
-    assert "fastlm: 3 CUDA binaries" in run.stderr and "s of nvcc 13.0.88" in run.stderr
+    assert "fastlm: 3 CUDA binaries" in run.stderr and "s of processor time, nvcc 13.0.88" in run.stderr
     found = manifest(package(cuda))
     assert found["architectures"] == ["80", "90a", "120"] and found["ptx"] == ["120"] and found["nvcc"] == "13.0.88"
-    assert found["seconds"] > 0 and set(found["files"]) == ALL
+    assert set(found["files"]) == ALL
     made = (package(cuda) / "cuda" / "binaries" / "gelu.bfloat16.fatbin").read_text()
     for part in ("-DFASTLM_DTYPE=1", "arch=compute_90a,code=sm_90a", "arch=compute_120,code=compute_120",
                  "-Werror all-warnings", "-compress-all"):  # fmt: skip
@@ -311,7 +311,7 @@ def test_a_real_nvcc_behind_a_wrapper_script(cuda: Path) -> None:
     wrapper.chmod(0o755)
     run = install(cuda, CUDA_HOME=str(cuda / "toolkit"), FASTLM_CUDA_ARCHS="80 90a+PTX")
     assert run.returncode == 0, run.stdout + run.stderr
-    assert binaries(package(cuda)) == ALL
+    assert binaries(package(cuda)) == ALL and manifest(package(cuda))["seconds"] > 1
     for name in ALL:
         content = (package(cuda) / "cuda" / "binaries" / name).read_bytes()
         assert content[:4] == b"\x50\xed\x55\xba"  # a fatbin
