@@ -242,7 +242,8 @@ class NinjaFile:
         flags = [*NVCC_FLAGS, "-Werror", "all-warnings", f"-I{ninja_quote(CSRC)}", *nvcc.flags()]
         command = f"{ninja_quote(shlex.quote(nvcc.path))} {' '.join(flags)} $flags -MD -MF $out.d -o $out $in"
         self.lines.append(
-            f"rule nvcc\n  command = {command} && times > $out.times\n  depfile = $out.d\n  deps = gcc\n  description = compile $out"
+            f"rule nvcc\n  command = {command} && times > $out.times\n  depfile = $out.d\n  deps = gcc\n"
+            "  description = compile $out"
         )
         return [
             self.add(folder / f"{op}.{dtype}.fatbin", "nvcc", [CUDA / f"{op}.cu"], [f"-DFASTLM_DTYPE={value}"])
