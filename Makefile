@@ -11,6 +11,8 @@ PIP     = $(BIN)/python -m pip --disable-pip-version-check --quiet
 ifneq ($(shell nvidia-smi -L 2>/dev/null),)
   INSTALL_TORCH = $(PIP) install "torch>=2.11"
 else ifeq ($(shell uname -sm),Linux x86_64)
+  # Nothing here could run the CUDA kernels: `make test` compiles them, an install need not.
+  export FASTLM_CUDA_ARCHS ?= none
   INSTALL_TORCH = $(PIP) install "torch==$(TORCH)+cpu" 2>/dev/null || \
                   $(PIP) install "torch==$(TORCH)+cpu" --index-url https://download.pytorch.org/whl/cpu
 else
