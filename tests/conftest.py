@@ -56,7 +56,7 @@ def canaries(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
     monkeypatch.setattr(native, "_allocate", allocate)
     if not emulation.INSTALLED:  # there AddressSanitizer knows the bounds, and sees reads as well
-        monkeypatch.setattr(cuda, "_allocate", allocate)
+        monkeypatch.setattr(cuda, "_allocate", lambda shape, dtype, like: allocate(tuple(shape), dtype, like.device))
     if _platform.missing() is None:
         monkeypatch.setattr("fastlm.kernels._launch._allocate", allocate)
     yield

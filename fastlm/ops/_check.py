@@ -25,19 +25,22 @@ def check_choice(name: str, value: object, *allowed: str) -> None:
 def check_norm(x: Tensor, residual: Tensor | None, weight: Tensor | None, bias: Tensor | None) -> None:
     """x (..., N), residual like x, weight and bias (N,)."""
     check_floating("x", x)
-    if x.dim() == 0:
+    shape, device = x.shape, x.device  # read once: torch makes a new object for each asking
+    if not shape:
         raise ValueError("x must have at least one dimension, got a scalar")
     if residual is not None:
         check_floating("residual", residual)
-        check_device("residual", residual, x, "x")
-        if residual.shape != x.shape or residual.dtype != x.dtype:
+        if residual.device != device:
+            check_device("residual", residual, x, "x")
+        if residual.shape != shape or residual.dtype != x.dtype:
             came = f"{tuple(residual.shape)} of {residual.dtype}"
-            raise ValueError(f"residual must be {tuple(x.shape)} of {x.dtype} like x, got {came}")
+            raise ValueError(f"residual must be {tuple(shape)} of {x.dtype} like x, got {came}")
     for name, parameter in (("weight", weight), ("bias", bias)):
         if parameter is not None:
             check_floating(name, parameter)
-            check_device(name, parameter, x, "x")
-            if parameter.dim() != 1 or parameter.shape[0] != x.shape[-1]:
+            if parameter.device != device:
+                check_device(name, parameter, x, "x")
+            if parameter.shape != shape[-1:]:
                 raise ValueError(
-                    f"{name} must be ({x.shape[-1]},) like the last dimension of x, got {tuple(parameter.shape)}"
+                    f"{name} must be ({shape[-1]},) like the last dimension of x, got {tuple(parameter.shape)}"
                 )

@@ -46,12 +46,19 @@ def define(op: Op, function: str, schema: str, fake: Callable[..., Any]) -> Call
     def call(*args: Any) -> Any:
         if torch.compiler.is_compiling() or not nothing_listens() or not _PLAIN.issuperset(map(type, args)):
             return library_op(*args)
-        return run(*args)
+        found = implementations.get(args[-1])
+        return run(*args) if found is None else found(*args[:-1])
 
     return call
 
 
 _PLAIN = frozenset({torch.Tensor, torch.nn.Parameter, type(None), bool, int, float, str})
+
+
+_dispatch_modes = torch._C._len_torch_dispatch_stack
+_functorch_transforms = torch._C._are_functorch_transforms_active
+_tracing_state = torch._C._get_tracing_state
+_profiler_enabled = torch.autograd._profiler_enabled
 
 
 def nothing_listens() -> bool:
@@ -61,11 +68,8 @@ def nothing_listens() -> bool:
     on a tensor subclass. Function modes do not matter: they see fastlm.ops' own calls to torch in either case.
     """
     return not (
-        torch._C._len_torch_dispatch_stack()
-        or torch._C._are_functorch_transforms_active()
-        or torch._C._get_tracing_state() is not None
-        or torch.autograd._profiler_enabled()
-    )
+        _dispatch_modes() or _functorch_transforms() or _tracing_state() is not None or _profiler_enabled()
+    )  # fmt: skip
 
 
 def cast(tensor: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
