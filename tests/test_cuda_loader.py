@@ -403,8 +403,8 @@ def test_many_threads(tmp_path: Path) -> None:
 
 @needs_nvrtc
 def test_two_processes(tmp_path: Path) -> None:
-    """Nothing of it needs more than what is installed: the sources are those of the checkout."""
-    code = "from fastlm.cuda import _binaries; print(len(_binaries.load('gelu', 'bfloat16', 103)))"
+    """At once, with the sources of the checkout."""
+    code = "from fastlm.cuda import _binaries; print(len(_binaries._cached('gelu', 'bfloat16', '80')))"
     shutil.rmtree(tmp_path / "cache", ignore_errors=True)
     running = [
         subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, stdout=subprocess.PIPE, env=os.environ)
