@@ -220,6 +220,7 @@ void adam_step(DType dtype, DType grad_dtype, const int64_t* table, const int64_
   const int64_t* const sizes = table;
   std::vector<Tensor> tensors(count);
   int64_t total = 0;
+  bool master = false, amsgrad = false;  // for all, but tensors without elements have no addresses
   for (int64_t t = 0; t < count; ++t) {
     float* const step = reinterpret_cast<float*>(row(1, t));
     *step += 1.f;
@@ -234,6 +235,8 @@ void adam_step(DType dtype, DType grad_dtype, const int64_t* table, const int64_
                   static_cast<uint64_t>(now),
                   static_cast<float>(lr / (1 - std::pow(beta1, now))),
                   static_cast<float>(1 / std::sqrt(1 - std::pow(beta2, now)))};
+    master |= tensors[t].master != nullptr;
+    amsgrad |= tensors[t].max_exp_avg_sq != nullptr;
     total += sizes[t];
   }
   if (total == 0) return;
@@ -244,7 +247,6 @@ void adam_step(DType dtype, DType grad_dtype, const int64_t* table, const int64_
                         static_cast<float>(beta2),
                         static_cast<float>(1 - beta2),
                         static_cast<float>(eps)};
-  const bool master = tensors[0].master, amsgrad = tensors[0].max_exp_avg_sq;
   // What is flushed is below 2^-63, nothing beside eps; without eps it could count. The portable conversion of float16
   // (W = 4) passes through subnormal numbers.
   const bool flush = eps >= 1e-12 && (W > 4 || dtype != DType::float16);
