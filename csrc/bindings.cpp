@@ -88,6 +88,7 @@ PYBIND11_MODULE(_cuda, m) {
       "order"_a, "arch"_a = 90, "sms"_a = 4, "shared"_a = 227 << 10, "shared_sm"_a = 228 << 10, "l2"_a = 50 << 20);
   m.def("record", &cuda::record);
   m.def("records", &cuda::records);
+  m.def("tail", &cuda::tail);
   m.def("instances", &cuda::instances);
 #endif
 }

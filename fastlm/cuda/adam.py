@@ -1,7 +1,7 @@
 """Prepared, forward() and norm() of adam over the CUDA launchers.
 
-The launchers copy addresses from the host's memory into the arguments of kernels, so there is nothing on the device
-to fill, to keep alive or to keep a CUDA graph's copy of.
+The launchers copy addresses from the host's memory into the arguments of kernels: there are no tables on the device to
+fill, and a CUDA graph has copies of its own.
 """
 
 from __future__ import annotations
@@ -22,6 +22,8 @@ NORM_CHUNK = 16384
 SCALARS = 8
 """float32 numbers that a step works out for each tensor."""
 _check = partial(address, contiguous=False)
+_replayed: list[object] = []
+"""Copies of tensors that a CUDA graph reads and writes: it may outlive the optimizer that holds them."""
 
 
 class Prepared(Tensors):
@@ -53,6 +55,8 @@ def forward(
     grad_scale, scale_address, scale_double = _number("grad_scale", grad_scale, prepared.device)
     found_inf, found_address, found_double = _number("found_inf", found_inf, prepared.device)
     scalars = empty((len(kept), SCALARS), first, torch.float32)
+    if prepared.walk.copies and first.is_cuda and torch.cuda.is_current_stream_capturing():
+        _replayed.append(prepared.walk.copies)
     prepared.walk.begin()
     extension().adam_step(
         DTYPES[prepared.dtype], DTYPES[dtype], DTYPES[prepared.shadow_dtype], address_of(prepared.addresses),

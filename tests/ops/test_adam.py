@@ -282,6 +282,52 @@ def test_stochastic_rounding_keeps_special_values(backend: str) -> None:
         assert problem.params[0][0].isnan()
 
 
+@each_backend
+def test_a_first_tensor_without_elements_changes_nothing_for_the_others(backend: str) -> None:
+    params, grads = make(torch.bfloat16, [(0,), (300,)]), make(torch.bfloat16, [(0,), (300,)])
+    for options in ({"masters": True}, {"amsgrad": True}, {"seeds": True}):
+        with_empty, alone = Problem(params, **options), Problem(params[1:], **options)
+        if "seeds" in options:
+            alone.options["rounding_seeds"] = with_empty.options["rounding_seeds"][1:]
+        with on(backend):
+            for _ in range(2):
+                with_empty.step(grads)
+                alone.step(grads[1:])
+        assert_same_bits([t for t in with_empty.tensors() if t.numel() > 1], [t for t in alone.tensors() if t.dim()])
+
+
+# --- shadows ---------------------------------------------------------------------------------------------------------
+
+
+@each_backend
+@LOW
+@pytest.mark.parametrize("bits", [32, 8])
+def test_shadow_params(backend: str, dtype: torch.dtype, bits: int) -> None:
+    """16-bit copies are the rounding of the new parameters, of any layout, and not written when found_inf is set."""
+    params, grads = make(torch.float32), make(torch.float32)
+    problem = quantized(params) if bits == 8 else Problem(params)
+    plain = duplicate(problem)
+    shadows = [torch.full_like(p, 7.0, dtype=dtype) for p in params]
+    shadows[5] = torch.full_like(params[5].t().contiguous(), 7.0, dtype=dtype).t()
+    padded = torch.full((2, params[6].numel() + 1), 7.0, dtype=dtype)
+    shadows[6] = padded[0, 1:]  # whose address is not aligned
+    problem.options["shadow_params"] = shadows
+    features = {"shadow_params", *(["state_bits"] if bits == 8 else [])}
+    if refuses(OP, backend, params[0], features):
+        with on(backend), pytest.raises(fastlm.UnsupportedError, match="no shadow_params"):
+            problem.step(grads)
+        return
+    with on(backend):
+        problem.step(grads, weight_decay=0.1, decoupled=True)
+        plain.step(grads, weight_decay=0.1, decoupled=True)
+        assert_same_bits(problem.params, plain.params)
+        assert_same_bits(shadows, [p.to(dtype) for p in plain.params])
+        assert bool((padded[1] == 7).all()) and padded[0, 0] == 7
+        before = [t.clone() for t in problem.tensors()]
+        problem.step(grads, found_inf=torch.tensor(1.0))
+    assert_same_bits(problem.tensors(), before)
+
+
 # --- grad_norm -------------------------------------------------------------------------------------------------------
 
 
@@ -517,6 +563,8 @@ def call(change: dict[str, Any]) -> None:
         ({"params": [torch.ones(2, 3, dtype=torch.int64)]}, TypeError, "params must be floating point"),
         ({"backend": "gpu"}, ValueError, "backend must be one of"),
         ({"exp_avg_absmaxes": [torch.ones(1)]}, ValueError, "exp_avg_sq_absmaxes must hold 1"),
+        ({"shadow_params": [torch.ones(2, 3)]}, ValueError, "shadow_params must be bfloat16 or float16"),
+        ({"shadow_params": [torch.ones(3).bfloat16()]}, ValueError, r"shadow_params must be \(2, 3\)"),
         (
             {"exp_avg_absmaxes": [torch.ones(2)], "exp_avg_sq_absmaxes": [torch.ones(1)]},
             ValueError,

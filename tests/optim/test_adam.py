@@ -16,7 +16,7 @@ from torch import Tensor, nn
 import fastlm
 from fastlm import optim
 from fastlm.ops.adam import OP, dequantize
-from tests.ops.harness import GPU, assert_same_bits, each_backend, each_dtype, on, refuses, sizes
+from tests.ops.harness import BACKENDS, GPU, assert_same_bits, each_backend, each_dtype, on, refuses, sizes
 
 PAIRS = [(optim.Adam, torch.optim.Adam), (optim.AdamW, torch.optim.AdamW)]
 each_pair = pytest.mark.parametrize(("ours", "theirs"), PAIRS, ids=["Adam", "AdamW"])
@@ -316,11 +316,13 @@ def test_tensor_lr_scheduled_and_scaled(backend: str, ours: Any, theirs: Any) ->
 
 
 on_gpu = pytest.mark.skipif(not GPU, reason="no GPU")
+each_kernel = pytest.mark.parametrize("kernels", [b for b in BACKENDS if b in ("triton", "cuda")] or ["triton"])
 
 
 @on_gpu
+@each_kernel
 @pytest.mark.parametrize("bits", [32, 8])
-def test_cuda_graph(bits: int) -> None:
+def test_cuda_graph(kernels: str, bits: int) -> None:
     """A captured step reads lr, found_inf and gradients anew at each replay, with ordinary steps in between."""
     with torch.device("cuda"):
         mine, other = parameters(), parameters()
@@ -338,7 +340,7 @@ def test_cuda_graph(bits: int) -> None:
             kept.copy_(q.grad)
             p.grad = kept
 
-    with torch.device("cuda"), on("triton"):
+    with torch.device("cuda"), on(kernels):
         gradients(0)
         stream = torch.cuda.Stream()
         stream.wait_stream(torch.cuda.current_stream())
@@ -369,8 +371,9 @@ def test_cuda_graph(bits: int) -> None:
 
 
 @on_gpu
-def test_a_step_does_not_wait_for_the_gpu() -> None:
-    with torch.device("cuda"), on("triton"):
+@each_kernel
+def test_a_step_does_not_wait_for_the_gpu(kernels: str) -> None:
+    with torch.device("cuda"), on(kernels):
         params = parameters(torch.bfloat16)
         a = optim.AdamW(params, torch.tensor(1e-3), max_norm=1.0, stochastic_rounding=True)
         for step in range(3):

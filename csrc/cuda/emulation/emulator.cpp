@@ -207,6 +207,7 @@ std::mutex mutex;
 Device chip{90, 4, 227 << 10, 228 << 10, 50 << 20};
 Order order = Order::forward;
 bool recording = false;
+int64_t only_last = 0;
 std::vector<Recorded> recorded;
 
 }  // namespace
@@ -233,6 +234,8 @@ void record(bool on) {
 }
 
 std::vector<Recorded> records() { return recorded; }
+
+void tail(int64_t blocks) { only_last = blocks; }
 
 std::vector<std::string> instances() {
   std::vector<std::string> names;
@@ -269,8 +272,10 @@ void Kernel::start(DType dtype, int variant, const Grid& grid, const void* argum
   const unsigned clusters = simt::grid_size.x / grid.cluster, blocks = clusters * simt::grid_size.y;
   try {
     for (unsigned i = 0; i < blocks; ++i) {
-      unsigned at = order == Order::forward ? i : blocks - 1 - i;
-      if (order == Order::shuffled && blocks % 7919 != 0) at = static_cast<unsigned>(uint64_t{i} * 7919 % blocks);
+      if (only_last > 0 && i >= only_last) break;
+      unsigned at = order == Order::forward && only_last == 0 ? i : blocks - 1 - i;
+      if (order == Order::shuffled && only_last == 0 && blocks % 7919 != 0)
+        at = static_cast<unsigned>(uint64_t{i} * 7919 % blocks);
       scheduler.run(at % clusters * grid.cluster, at / clusters, grid.shared);
     }
   } catch (const std::runtime_error& error) {

@@ -20,6 +20,9 @@ using Recorded = std::tuple<std::string, int, std::string, int64_t, int64_t, int
 void record(bool on);
 std::vector<Recorded> records();
 
+/// Of each launch only the last so many blocks run, 0 for all: the end of tensors that no memory holds.
+void tail(int64_t blocks);
+
 /// Every kernel there is, as "op/dtype/kernel_variant".
 std::vector<std::string> instances();
 
