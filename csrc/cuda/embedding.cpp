@@ -56,7 +56,7 @@ void embedding_backward(DType dtype, const void* dy, int64_t dy_stride, bool wid
                             padding_idx,
                             static_cast<int>(words),
                             static_cast<int>(tile),
-                            static_cast<int>(lanes),
+                            log2_of(lanes),
                             wide_keys,
                             Divider(across)};
   const int64_t room = most * width * SUM_THREADS / 2 * 4, abreast = SUM_THREADS / lanes * SUM_ROWS;

@@ -17,8 +17,8 @@
 // EMBEDDING_PIECE elements of dy) come on top. No atomics.
 //
 // Floor: of the forward 2 N sizeof(T) M bytes; of the backward dweight, which is larger than dy for most tables. Its
-// zeros wait for the rows' starts and nothing else: the 1024 threads of a multiprocessor write 64 KB behind each wait
-// of 1 to 1.5 us, in which 4.8 TB/s are 36 to 55 KB.
+// zeros wait for the rows' starts and nothing else: the 768 threads of a multiprocessor (1024 would spill) write 48 KB,
+// of float32 96 KB, behind each wait of 1 to 1.5 us, in which 4.8 TB/s are 36 to 55 KB.
 //
 // Never run on a GPU.
 #include "cuda/embedding.h"
@@ -107,7 +107,7 @@ struct EmbeddingSum {
   int first, end, lane, lanes;  // of the block's words; this thread's are `lanes` apart
 
   __device__ __forceinline__ EmbeddingSum(const EmbeddingBackward& a, uint32_t tile)
-      : first(static_cast<int>(tile) * a.tile), lane(threadIdx.x & (a.lanes - 1)), lanes(a.lanes) {
+      : first(static_cast<int>(tile) * a.tile), lane(threadIdx.x & ((1 << a.lane_bits) - 1)), lanes(1 << a.lane_bits) {
     end = first + a.tile < a.words ? first + a.tile : a.words;
   }
   __device__ __forceinline__ int word(int k) const { return first + k * lanes + lane; }
@@ -203,7 +203,7 @@ __device__ __forceinline__ void embedding_pieces(const EmbeddingBackward& a) {
   const int64_t id = id_at(a.keys, from, a.wide_keys);
   if (id != id_at(a.keys, to - 1, a.wide_keys) || id < 0 || id >= a.v || id == a.padding) return;
   EmbeddingSum<T, CUT> sum(a, blockIdx.x - piece * a.across.divisor);
-  const int abreast = SUM_THREADS / a.lanes, mine = static_cast<int>(threadIdx.x) / a.lanes;
+  const int abreast = SUM_THREADS >> a.lane_bits, mine = static_cast<int>(threadIdx.x >> a.lane_bits);
   sum.add(a, from + mine, to, abreast);
   sum.join(shared<float>());
   if (mine == 0) sum.store_partial(a, piece);
@@ -213,7 +213,7 @@ template <class T, Cut CUT>
 __device__ __forceinline__ void embedding_sum(const EmbeddingBackward& a) {
   const uint32_t group = divide(blockIdx.x, a.across);
   EmbeddingSum<T, CUT> sum(a, blockIdx.x - group * a.across.divisor);
-  const int abreast = SUM_THREADS / a.lanes, mine = static_cast<int>(threadIdx.x) / a.lanes;
+  const int abreast = SUM_THREADS >> a.lane_bits, mine = static_cast<int>(threadIdx.x >> a.lane_bits);
   const int64_t first = static_cast<int64_t>(group) * SUM_ROWS * abreast;
   int64_t* const runs = shared<int64_t>(sum.COUNT * SUM_THREADS / 2 * sizeof(float));  // begin and end for each row
   bool longer = false;
@@ -252,7 +252,7 @@ FASTLM_KERNEL(embedding_forward, 1, 256, 4, EmbeddingForward, embedding_gather<S
 FASTLM_KERNEL(embedding_starts, 0, 256, 6, EmbeddingStarts, embedding_search)
 FASTLM_KERNEL(embedding_pieces, 0, 256, 3, EmbeddingBackward, embedding_pieces<Scalar, Cut::elements>)
 FASTLM_KERNEL(embedding_pieces, 1, 256, 4, EmbeddingBackward, embedding_pieces<Scalar, Cut::words>)
-FASTLM_KERNEL(embedding_sum, 0, 256, 3, EmbeddingBackward, embedding_sum<Scalar, Cut::elements>)
-FASTLM_KERNEL(embedding_sum, 1, 256, 4, EmbeddingBackward, embedding_sum<Scalar, Cut::words>)
+FASTLM_KERNEL(embedding_sum, 0, 256, 2, EmbeddingBackward, embedding_sum<Scalar, Cut::elements>)
+FASTLM_KERNEL(embedding_sum, 1, 256, 3, EmbeddingBackward, embedding_sum<Scalar, Cut::words>)
 
 }  // namespace fastlm::cuda

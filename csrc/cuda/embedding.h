@@ -39,9 +39,9 @@ struct EmbeddingBackward {
   float* partial;         // a sum for each piece, rows of words * WIDTH
   void* dweight;
   int64_t v, n, dy_row, padding;
-  int words;  // of a row
-  int tile;   // words of a row that a block adds
-  int lanes;  // that add a row together, a power of two up to 32; a block adds SUM_THREADS / lanes rows side by side
+  int words;      // of a row
+  int tile;       // words of a row that a block adds
+  int lane_bits;  // 2^lane_bits lanes add a row together, up to 32; a block as many rows as it has room for
   int wide_keys;
   Divider across;  // blocks side by side over a row
 };

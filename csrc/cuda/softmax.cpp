@@ -28,7 +28,7 @@ void start(Kernel& kernel, DType dtype, SoftmaxArguments a, int device, Stream s
     kernel.launch(dtype, 2 * static_cast<int>(form) + (cut == Cut::elements), grid, a, device, stream);
   };
   const auto in_warps = [&](SoftmaxForm form, int64_t lanes, int64_t rows) {
-    a.lanes = static_cast<int>(lanes);
+    a.lane_bits = log2_of(lanes);
     launch(form, {ceil_div(a.m, SOFTMAX_THREADS / lanes * rows), SOFTMAX_THREADS});
   };
 
@@ -62,12 +62,12 @@ void start(Kernel& kernel, DType dtype, SoftmaxArguments a, int device, Stream s
 
 void softmax_forward(DType dtype, bool log, const void* x, int64_t x_stride, void* y, int64_t M, int64_t N, int device,
                      Stream stream) {
-  start<false>(forward, dtype, {x, nullptr, y, M, N, x_stride, log, 1, 1, 0}, device, stream);
+  start<false>(forward, dtype, {x, nullptr, y, M, N, x_stride, log, 0, 1, 0}, device, stream);
 }
 
 void softmax_backward(DType dtype, bool log, const void* dy, int64_t dy_stride, const void* y, void* dx, int64_t M,
                       int64_t N, int device, Stream stream) {
-  start<true>(backward, dtype, {dy, y, dx, M, N, dy_stride, log, 1, 1, 0}, device, stream);
+  start<true>(backward, dtype, {dy, y, dx, M, N, dy_stride, log, 0, 1, 0}, device, stream);
 }
 
 }  // namespace fastlm::cuda

@@ -84,8 +84,8 @@ struct SoftmaxEdge {
 /// Rows of up to 32 lanes: WORDS words of ROWS rows in each lane.
 template <class T, Cut CUT, bool BACKWARD, int WORDS, int ROWS>
 __device__ __forceinline__ void softmax_warp(const SoftmaxArguments& a) {
-  const int lanes = a.lanes, lane = threadIdx.x & (lanes - 1), in_block = SOFTMAX_THREADS / lanes;
-  const int64_t first = static_cast<int64_t>(blockIdx.x) * ROWS * in_block + threadIdx.x / lanes;
+  const int lanes = 1 << a.lane_bits, lane = threadIdx.x & (lanes - 1), in_block = SOFTMAX_THREADS >> a.lane_bits;
+  const int64_t first = static_cast<int64_t>(blockIdx.x) * ROWS * in_block + (threadIdx.x >> a.lane_bits);
   const auto x = [&](int r) { return static_cast<const T*>(a.x) + (first + r * in_block) * a.stride; };
   const auto y = [&](int r) { return static_cast<const T*>(a.y) + (first + r * in_block) * a.n; };
   const auto span = [&](int r) { return Span<T, CUT>(x(r), first + r * in_block < a.m ? a.n : 0); };

@@ -11,9 +11,9 @@ struct SoftmaxArguments {
   int64_t m, n;
   int64_t stride;  // between rows of x, or of dy; the others are contiguous
   int log;
-  int lanes;    // of a row, a power of two up to 32: few and many
-  int cluster;  // blocks of a row: block and twice
-  int stashed;  // words of a thread in shared memory: block
+  int lane_bits;  // 2^lane_bits lanes of a row, up to 32: few and many
+  int cluster;    // blocks of a row: block and twice
+  int stashed;    // words of a thread in shared memory: block
 };
 
 /// The forms of both kernels. Instance: 2 * form, + 1 where elements go one by one.

@@ -15,10 +15,10 @@ _IDS = (torch.int64, torch.int32)
 def forward(ids: Tensor, weight: Tensor) -> Tensor:
     dtype, (v, n), ids = weight.dtype, weight.shape, ids.contiguous()
     y = empty((*ids.shape, n), weight)
-    if y.numel():
+    if total := y.numel():
         _kept, table, stride = matrix("weight", weight, dtype)
         extension().embedding_forward(
-            DTYPES[dtype], ids.dtype is torch.int64, address("ids", ids, *_IDS), table, stride, output(y), ids.numel(),
+            DTYPES[dtype], ids.dtype is torch.int64, address("ids", ids, *_IDS), table, stride, output(y), total // n,
             v, n, *lane(y),
         )  # fmt: skip
     return y
