@@ -20,7 +20,7 @@
 // access of a warp is one stretch of memory without holes. (Eight neighbouring elements a lane, 16 bytes of every
 // 16-bit tensor, would make each access to a float32 one touch every other 16 bytes of twice the sectors.) In flight:
 // float32 8 x 16 bytes a lane; with 3 blocks of 256 threads on a multiprocessor 96 KiB, 3 times what 4.8 TB/s over
-// 132 multiprocessors and 0.8 us ask for. 16-bit parameters: 96 bytes a lane. Issue: 33 instructions an element
+// 132 multiprocessors and 0.8 us ask for. 16-bit parameters: 96 bytes a lane. Issue: 27 instructions an element
 // (sm_90a, float32) of the 170 that there is time for. A tensor whose addresses do not allow that, and the last
 // elements of a tensor, go element by element, lanes side by side, in the same order of operations: the same bits.
 // Where only 16-bit tensors and codes take part, a lane does hold eight neighbours.
