@@ -50,7 +50,7 @@ NARROW = {
     "norm": r"norm_\w+_0",  # unaligned addresses or rows; norm_parts: columns of float32
     "softmax": r"softmax_(forward|backward)_[1357]",  # addresses that differ from tensor to tensor
     "rope": r"rope_0",
-    "embedding": r"embedding_(forward|pieces|sum|starts)_0",  # unaligned rows; the search
+    "embedding": r"embedding_(forward|starts)_0",  # unaligned rows; the search
 }
 """By op, the instances (the whole name) that need have no access of 16 bytes: what moves element by element."""
 
