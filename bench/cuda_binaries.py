@@ -45,6 +45,7 @@ CHIPS = tuple(f"sm_{arch}" for arch in _sources.ARCHITECTURES)
 
 NARROW = {
     "adam": r"adam_(begin|total)_0",  # a number a thread
+    "cross_entropy": r"cross_entropy_prepare_0",  # labels and weights of classes
     "gelu": r"gelu_(forward|backward)_[024]",  # unaligned addresses
     "glu": r"glu_(forward|backward)_[024]",  # unaligned addresses or rows
     "norm": r"norm_\w+_0",  # unaligned addresses or rows; norm_parts: columns of float32

@@ -333,6 +333,35 @@ void norm_backward(DType dtype, const void* dy, int64_t dy_stride, const void* x
                    const int64_t* seed, double dropout, void* dx, void* dresidual, void* dweight, void* dbias,
                    float* parts, int64_t M, int64_t N, int device, Stream stream);
 
+// --- cross_entropy
+// M rows of V logits, last dimension contiguous; the formula stands in fastlm/ops/cross_entropy.py. weight: [V] of
+// weight_dtype or null; softcap 0 means none. A target outside [0, V) that is not ignore_index makes the loss and the
+// gradient of its row NaN, and all that a mean divides; nothing is read out of bounds.
+
+/// Floats of scratch, behind which a reduced forward needs M more. It may be null where nothing is reduced, averaged
+/// or smoothed under weights.
+constexpr int64_t cross_entropy_scratch = 257;
+
+/// loss: [M] float32, or one number where `reduced`: their sum, under `mean` over the sum of the rows' weights. stats:
+/// [3, M] float32: largest z, log of the sum of exp(z - largest), 1 - softmax(z)[target]. dlogits: the gradient, or
+/// null; may be the logits themselves.
+void cross_entropy_forward(DType dtype, const void* logits, int64_t stride, const int64_t* target,
+                           int64_t target_stride, const void* weight, DType weight_dtype, int64_t ignore_index,
+                           bool mean, bool reduced, float label_smoothing, float z_loss, float softcap, float* loss,
+                           float* stats, void* dlogits, int64_t dlogits_stride, float* scratch, int64_t M, int64_t V,
+                           int device, Stream stream);
+
+/// dlogits = dy[row] * gradient of the row's loss, under `mean` over the sum of the rows' weights; may be the logits
+/// themselves. dy: float32, dy_stride may be 0. stats as the forward left them.
+void cross_entropy_backward(DType dtype, const float* dy, int64_t dy_stride, const void* logits, int64_t stride,
+                            const int64_t* target, int64_t target_stride, const void* weight, DType weight_dtype,
+                            int64_t ignore_index, bool mean, float label_smoothing, float z_loss, float softcap,
+                            const float* stats, void* dlogits, int64_t dlogits_stride, float* scratch, int64_t M,
+                            int64_t V, int device, Stream stream);
+
+/// x *= *factor for n contiguous elements, which are not touched where it is 1.
+void cross_entropy_scale(DType dtype, void* x, const float* factor, int64_t n, int device, Stream stream);
+
 #define FASTLM_CUDA_KERNELS(X) \
   X(gelu_forward)              \
   X(gelu_backward)             \
@@ -348,6 +377,9 @@ void norm_backward(DType dtype, const void* dy, int64_t dy_stride, const void* x
   X(adam_step)                 \
   X(norm_forward)              \
   X(norm_parts)                \
-  X(norm_backward)
+  X(norm_backward)             \
+  X(cross_entropy_forward)     \
+  X(cross_entropy_backward)    \
+  X(cross_entropy_scale)
 
 }  // namespace fastlm::cuda

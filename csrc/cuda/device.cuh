@@ -132,19 +132,41 @@ __device__ __forceinline__ void store_words_once(void* p, Words v) {
 // Copies from global to shared memory that go on while the thread does: 16 bytes each, both addresses multiples of 16.
 // copy_commit() closes a group of them; copy_wait<P>() waits for all groups of this thread but the last P. What arrived
 // is seen by this thread; others need a barrier behind the wait.
+//
+// shared_address() is a place in the block's own shared memory as the instructions take it: 32 bits, which in a loop
+// saves the arithmetic on pointers of 64.
 #ifdef FASTLM_EMULATED
 inline void copy_async(void* to, const void* from) { simt::copy_later(to, from); }
 inline void copy_commit() { simt::commit_copies(); }
+inline uint32_t shared_address(const void* p) {
+  return static_cast<uint32_t>(static_cast<const char*>(p) - simt::shared_memory[simt::current->rank]);
+}
+inline Words load_shared(uint32_t from) { return load_words(simt::shared_memory[simt::current->rank] + from); }
+inline void copy_async(uint32_t to, const void* from) {
+  simt::copy_later(simt::shared_memory[simt::current->rank] + to, from);
+}
 template <int PENDING>
 void copy_wait() {
   simt::finish_copies(PENDING);
 }
 #else
-__device__ __forceinline__ void copy_async(void* to, const void* from) {
+__device__ __forceinline__ uint32_t shared_address(const void* p) {
   uint32_t address;
-  asm("{ .reg .u64 a; cvta.to.shared.u64 a, %1; cvt.u32.u64 %0, a; }" : "=r"(address) : "l"(to));
-  asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(address), "l"(from) : "memory");
+  asm("{ .reg .u64 a; cvta.to.shared.u64 a, %1; cvt.u32.u64 %0, a; }" : "=r"(address) : "l"(p));
+  return address;
 }
+__device__ __forceinline__ Words load_shared(uint32_t from) {
+  Words v;
+  asm volatile("ld.shared.v4.u32 {%0, %1, %2, %3}, [%4];"
+               : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w)
+               : "r"(from)
+               : "memory");
+  return v;
+}
+__device__ __forceinline__ void copy_async(uint32_t to, const void* from) {
+  asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(to), "l"(from) : "memory");
+}
+__device__ __forceinline__ void copy_async(void* to, const void* from) { copy_async(shared_address(to), from); }
 __device__ __forceinline__ void copy_commit() { asm volatile("cp.async.commit_group;" ::: "memory"); }
 template <int PENDING>
 __device__ __forceinline__ void copy_wait() {
@@ -258,6 +280,13 @@ __device__ __forceinline__ uint32_t divide(uint32_t n, const Divider& d) {
   return (__umulhi(n, d.magic) + n) >> d.shift;
 }
 
+/// 1 - 2 / (e^(2 x) + 1), to 4e-7 of the result: near 0, where that has lost its digits, the series.
+__device__ __forceinline__ float tanh_fast(float x) {
+  const float q = x * x;
+  if (q < 0.0625f) return x * (q * (q * (q * (q * 0.021869489f - 0.053968254f) + 0.13333333f) - 0.33333333f) + 1);
+  return 1 - 2 * reciprocal_fast(exp2_fast(x * (2 * LOG2_E)) + 1);
+}
+
 struct Sum {
   template <class T>
   __device__ __forceinline__ T operator()(T a, T b) const {
@@ -330,9 +359,11 @@ __device__ __forceinline__ void cluster_arrive() {
   asm volatile("barrier.cluster.arrive.release.aligned;" ::: "memory");
 }
 __device__ __forceinline__ void cluster_wait() { asm volatile("barrier.cluster.wait.acquire.aligned;" ::: "memory"); }
-/// cluster_arrive() that publishes nothing, at a kernel's start: another block's shared memory may be touched once that
-/// block runs, which cluster_wait() then knows.
-__device__ __forceinline__ void cluster_begin() { asm volatile("barrier.cluster.arrive.relaxed.aligned;"); }
+/// cluster_arrive() that publishes nothing. At a kernel's start: another block's shared memory may be touched once that
+/// block runs, which cluster_wait() then knows. Behind the last read of others' shared memory: a block may end then.
+__device__ __forceinline__ void cluster_begin() {
+  asm volatile("barrier.cluster.arrive.relaxed.aligned;" ::: "memory");
+}
 /// The same place in another block's shared memory.
 template <class T>
 __device__ __forceinline__ T* cluster_peer(T* mine, int rank) {

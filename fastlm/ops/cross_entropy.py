@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastlm import native
+from fastlm import cuda, native
 from fastlm._dispatch import LOW_PRECISION, Backend, Op
 from fastlm.kernels import _platform
 from fastlm.ops._check import check_device, check_floating
@@ -17,6 +17,7 @@ OP = Op(
     "cross_entropy",
     Backend("cpu", "fastlm.native.cross_entropy", frozenset({"cpu"}), LOW_PRECISION, missing=native.missing),
     Backend("triton", "fastlm.kernels.cross_entropy", _platform.DEVICES, LOW_PRECISION, missing=_platform.missing),
+    Backend("cuda", "fastlm.cuda.cross_entropy", cuda.DEVICES, LOW_PRECISION, missing=cuda.missing, unverified=True),
     Backend("reference", "fastlm.reference.cross_entropy"),
 )
 
@@ -75,7 +76,7 @@ def scale_gradients(op: Op, backend: str, dy: Tensor, *gradients: Tensor) -> Non
 
     A CPU can look. A GPU's host would have to wait for it: there a kernel looks, instead of a pass over the logits.
     """
-    if backend == "triton" and nothing_listens():
+    if backend in ("triton", "cuda") and nothing_listens():
         for gradient in gradients:
             op.module(backend).scale(gradient, dy)
     elif dy.device.type != "cpu" or dy.item() != 1.0:
@@ -235,7 +236,7 @@ def cross_entropy(
             only if nothing reads the logits again: after the call (reduction "none": after its backward) they hold the
             gradient. An operation that saved them for its own backward raises there; one backward is possible, a second
             raises. Not used in a compiled graph, where the compiler plans the memory.
-        backend: "cpu", "triton" or "reference"; None chooses.
+        backend: "cpu", "triton", "cuda" or "reference"; None chooses.
 
     Returns:
         () or, for "none", (M,): float32 (float64 for float64), because a bfloat16 loss keeps three digits only.
