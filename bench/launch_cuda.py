@@ -10,10 +10,11 @@ the tensors are CPU tensors. Columns, in microseconds of CPU time, the least of 
     launches   kernels started by a call
     binding    the wrapper fastlm.cuda.<op>.forward or backward, its outputs made before: checks, addresses, planning
     wrapper    with its allocations, by the CPU's allocator
-    op         the public function of fastlm.ops without gradients, outputs made before; of adam an optimizer's step, over 24 tensors
+    op         the public function of fastlm.ops without gradients, outputs made before; of adam an optimizer's step,
+               over 24 tensors
 
-What was tried, at width 768: outputs by torch.empty(shape, dtype=, device=) 1.7 each, with sizes one
-by one 0.9, new_empty without a device 0.7 (kept). The dispatcher's key from the request 1.0, from its parts 0.5 (kept).
+What was tried, at width 768: an output by torch.empty(shape, dtype=, device=) 1.7, with its sizes one by one 0.9, by
+new_empty without a device 0.7 (kept). The dispatcher's key from the request 1.0, from its parts 0.5 (kept).
 The usual tensor's checks within matrix() and vector() instead of through address(): layer_norm's binding 4.7 to 3.4. A
 call of the extension takes 0.3 with 7 arguments, so a binding by hand in place of pybind11 had too little to gain.
 """
