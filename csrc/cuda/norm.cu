@@ -131,59 +131,15 @@ __device__ __forceinline__ void norm_forward_kernel(const NormForward& a) {
 
 // --- backward --------------------------------------------------------------------------------------------------------
 
-/// The ring of rows in shared memory: every thread copies and reads its own pieces alone.
-template <class T, bool ALIGNED>
-class NormRing {
- public:
-  static constexpr int W = WIDTH<T>, K = NORM_BACKWARD_WORDS;
-
-  __device__ __forceinline__ NormRing(const NormBackward& a, const NormPlace<T>& at)
-      : a_(a), at_(at), streams_(a.dh ? 3 : 2), mine_(shared<Words>(NORM_ROOM) + threadIdx.x) {}
-
-  __device__ __forceinline__ Words* piece(int stage, int stream, int k) const {
-    return mine_ + ((stage * streams_ + stream) * K + k) * static_cast<int>(blockDim.x);
-  }
-  /// Starts the copies of a row; nothing for one behind the last.
-  __device__ __forceinline__ void fetch(int stage, int64_t row) const {
-    if (row < a_.M) {
-      one(stage, 0, static_cast<const T*>(a_.x) + row * a_.x_stride);
-      one(stage, 1, static_cast<const T*>(a_.dy) + row * a_.dy_stride);
-      if (a_.dh) one(stage, 2, static_cast<const T*>(a_.dh) + row * a_.N);
-    }
-    copy_commit();
-  }
-
- private:
-  __device__ __forceinline__ void one(int stage, int stream, const T* row) const {
-    const int n = static_cast<int>(a_.N);
-    FASTLM_UNROLL
-    for (int k = 0; k < K; ++k) {
-      const int column = at_.column + k * at_.step;
-      if constexpr (ALIGNED) {
-        if (column < n) copy_async(piece(stage, stream, k), row + column);
-      } else {
-        if (column < n) *piece(stage, stream, k) = load_piece<T, false>(row, column, n);
-      }
-    }
-  }
-
-  const NormBackward& a_;
-  const NormPlace<T> at_;
-  const int streams_;
-  Words* const mine_;
-};
-
 /// Every so many tiles of rows in registers: dx (and dresidual), and one part of dweight and dbias for each block (each
 /// cluster).
 template <class T, bool ALIGNED>
 __device__ __forceinline__ void norm_backward_kernel(const NormBackward& a) {
   constexpr int W = WIDTH<T>, K = NORM_BACKWARD_WORDS, E = K * W;
   const NormPlace<T> at(a.team, K);
-  const NormRing<T, ALIGNED> ring(a, at);
   RowSum sum(a.team);
   const int n = static_cast<int>(a.N), height = static_cast<int>(blockDim.x) >> a.team.group_bits;
-  const float count = static_cast<float>(n);
-  const int64_t tiles = (a.M + height - 1) / height;
+  const float inverse = 1.f / static_cast<float>(n);
   float weight[E], sum_w[E], sum_b[E];
   FASTLM_UNROLL
   for (int k = 0; k < K; ++k) {
@@ -195,19 +151,57 @@ __device__ __forceinline__ void norm_backward_kernel(const NormBackward& a) {
       sum_w[k * W + i] = sum_b[k * W + i] = 0.f;
     }
   }
-  int64_t row = at.tile * height + at.slot;
+
+  // The ring of rows in shared memory: every thread copies and reads its own pieces alone. What lies behind the end of
+  // a row is 0 there from the start and never copied.
+  const int streams = a.dh ? 3 : 2, pitch = static_cast<int>(blockDim.x), stage_words = streams * K * pitch;
+  Words* const ring = shared<Words>(NORM_ROOM) + threadIdx.x;
   const int64_t stride = at.tiles * height;
-  for (int s = 0; s < a.stages; ++s) ring.fetch(s, row + s * stride);
+  int64_t row = at.tile * height + at.slot;
+  const T* x_row = static_cast<const T*>(a.x) + row * a.x_stride;
+  const T* g_row = static_cast<const T*>(a.dy) + row * a.dy_stride;
+  const auto copy = [&](Words* to, const T* from, int column) {
+    if constexpr (ALIGNED) {
+      copy_async(to, from + column);
+    } else {
+      *to = load_piece<T, false>(from, column, n);
+    }
+  };
+  const auto fetch = [&](Words* stage, int64_t coming) {
+    if (coming < a.M) {
+      FASTLM_UNROLL
+      for (int k = 0; k < K; ++k) {
+        const int column = at.column + k * at.step;
+        if (column < n) {
+          copy(stage + k * pitch, x_row, column);
+          copy(stage + (K + k) * pitch, g_row, column);
+          if (a.dh) copy(stage + (2 * K + k) * pitch, static_cast<const T*>(a.dh) + coming * n, column);
+        }
+      }
+    }
+    copy_commit();
+    x_row += stride * a.x_stride;
+    g_row += stride * a.dy_stride;
+  };
+  for (int s = 0; s < a.stages; ++s) {
+    FASTLM_UNROLL
+    for (int k = 0; k < K; ++k) {
+      if (at.column + k * at.step >= n) {
+        for (int t = 0; t < streams; ++t) ring[s * stage_words + (t * K + k) * pitch] = {0, 0, 0, 0};
+      }
+    }
+    fetch(ring + s * stage_words, row + s * stride);
+  }
   float mean = 0.f, rstd = 0.f;  // of the row to come
   if (row < a.M) {
     if (a.mean) mean = a.mean[row];
     rstd = a.rstd[row];
   }
-  int stage = 0;
-  for (int64_t tile = at.tile; tile < tiles; tile += at.tiles) {
+  int turn = 0;
+  for (; row - at.slot < a.M; row += stride) {
+    Words* const stage = ring + turn;
     const bool there = row < a.M;
     const float mu = mean, r = rstd;
-    mean = rstd = 0.f;
     if (row + stride < a.M) {
       if (a.mean) mean = a.mean[row + stride];
       rstd = a.rstd[row + stride];
@@ -219,49 +213,43 @@ __device__ __forceinline__ void norm_backward_kernel(const NormBackward& a) {
     } else {
       copy_wait<2>();
     }
-    Words x[K], g[K], dh[K];
+    float xhat[E], scaled[E];
     Pair sums{0.f, 0.f};
-    FASTLM_UNROLL
-    for (int k = 0; k < K; ++k) {
-      x[k] = g[k] = dh[k] = {0, 0, 0, 0};
-      if (there && at.column + k * at.step < n) {
-        x[k] = *ring.piece(stage, 0, k);
-        g[k] = *ring.piece(stage, 1, k);
-        if (a.dh) dh[k] = *ring.piece(stage, 2, k);
-      }
-      float x_piece[W], g_piece[W];
-      unpack<T>(x[k], x_piece);
-      unpack<T>(g[k], g_piece);
+    if (there) {
       FASTLM_UNROLL
-      for (int i = 0; i < W; ++i) {
-        const int e = k * W + i;
-        const float xhat = (x_piece[i] - mu) * r, scaled = g_piece[i] * weight[e];
-        sum_b[e] += g_piece[i];
-        sum_w[e] = fmaf(g_piece[i], xhat, sum_w[e]);
-        sums.a += scaled;
-        sums.b = fmaf(scaled, xhat, sums.b);
+      for (int k = 0; k < K; ++k) {
+        float x[W], g[W];
+        unpack<T>(stage[k * pitch], x);
+        unpack<T>(stage[(K + k) * pitch], g);
+        FASTLM_UNROLL
+        for (int i = 0; i < W; ++i) {
+          const int e = k * W + i;
+          xhat[e] = (x[i] - mu) * r;
+          scaled[e] = g[i] * weight[e];
+          sum_b[e] += g[i];
+          sum_w[e] = fmaf(g[i], xhat[e], sum_w[e]);
+          sums.a += scaled[e];
+          sums.b = fmaf(scaled[e], xhat[e], sums.b);
+        }
       }
     }
-    ring.fetch(stage, row + a.stages * stride);
-    stage = stage + 1 == a.stages ? 0 : stage + 1;
     sums = sum(sums);
-    const float c1 = a.mean ? sums.a / count : 0.f, c2 = sums.b / count;
     if (there) {
-      const RowDropout dropout(a.seed ? *a.seed : 0, row, a.threshold, a.scale);
+      const float c1 = a.mean ? sums.a * inverse : 0.f, c2 = sums.b * inverse;
       FASTLM_UNROLL
       for (int k = 0; k < K; ++k) {
         const int column = at.column + k * at.step;
-        keep_packed(x[k]);
-        keep_packed(g[k]);
-        float x_piece[W], d[W];
-        unpack<T>(x[k], x_piece);
-        unpack<T>(g[k], d);
-        FASTLM_UNROLL
-        for (int i = 0; i < W; ++i) d[i] = fmaf((mu - x_piece[i]) * r, c2, fmaf(d[i], weight[k * W + i], -c1)) * r;
-        if (column < n) store_gradient<T, ALIGNED>(a, row, column, n, d, dh[k], dropout);
+        if (column < n) {
+          float d[W];
+          FASTLM_UNROLL
+          for (int i = 0; i < W; ++i) d[i] = fmaf(-xhat[k * W + i], c2, scaled[k * W + i] - c1) * r;
+          const Words dh = a.dh ? stage[(2 * K + k) * pitch] : Words{0, 0, 0, 0};
+          store_gradient<T, ALIGNED>(a, row, column, n, d, dh);
+        }
       }
     }
-    row += stride;
+    fetch(stage, row + a.stages * stride);  // all of it has been read by now
+    turn = turn + stage_words == a.stages * stage_words ? 0 : turn + stage_words;
   }
   sum.leave();
   if (!a.weight_parts && !a.bias_parts) return;

@@ -8,8 +8,8 @@ namespace fastlm::cuda {
 /// 16 bytes of a row of n elements from this column on, 0 behind its end. ALIGNED: the addresses are multiples of 16
 /// and n of the width; else they are put together from elements, so that a thread has the same ones either way.
 /// ONCE: read-only for the whole kernel and not read again.
-template <class T, bool ALIGNED, bool ONCE = true>
-__device__ __forceinline__ Words load_piece(const T* row, int64_t column, int64_t n) {
+template <class T, bool ALIGNED, bool ONCE = true, class Index>
+__device__ __forceinline__ Words load_piece(const T* row, Index column, Index n) {
   if constexpr (ALIGNED) {
     if (column >= n) return {0, 0, 0, 0};
     return ONCE ? load_words_once(row + column) : load_words(row + column);
@@ -30,10 +30,10 @@ __device__ __forceinline__ Words load_piece(const T* row, int64_t column, int64_
     return v;
   }
 }
-template <class T, bool ALIGNED>
-__device__ __forceinline__ void store_piece(T* row, int64_t column, int64_t n, Words v) {
+template <class T, bool ALIGNED, class Index>
+__device__ __forceinline__ void store_piece(T* row, Index column, Index n, Words v) {
   if constexpr (ALIGNED) {
-    if (column < n) store_words(row + column, v);
+    if (column < n) store_words_global(row + column, v);
   } else {
     const uint32_t words[4] = {v.x, v.y, v.z, v.w};
     FASTLM_UNROLL
@@ -49,8 +49,8 @@ __device__ __forceinline__ void store_piece(T* row, int64_t column, int64_t n, W
   }
 }
 /// Whether the element column + i exists; all of an ALIGNED piece do or none.
-template <bool ALIGNED>
-__device__ __forceinline__ bool exists(int64_t column, int i, int64_t n) {
+template <bool ALIGNED, class Index>
+__device__ __forceinline__ bool exists(Index column, int i, Index n) {
   return ALIGNED ? column < n : column + i < n;
 }
 
@@ -59,15 +59,14 @@ __device__ __forceinline__ float half_bits_to_float(uint16_t bits, DType dtype) 
 }
 
 /// COUNT elements of weight or bias from this column on, as float32; 0 behind the end.
-template <int COUNT, bool ALIGNED>
-__device__ __forceinline__ void load_parameter(const void* p, DType dtype, int64_t column, int64_t n,
-                                               float (&out)[COUNT]) {
+template <int COUNT, bool ALIGNED, class Index>
+__device__ __forceinline__ void load_parameter(const void* p, DType dtype, Index column, Index n, float (&out)[COUNT]) {
   FASTLM_UNROLL
   for (int i = 0; i < COUNT; ++i) out[i] = 0.f;
   if (dtype == DType::float32) {
     FASTLM_UNROLL
     for (int k = 0; k < COUNT; k += 4) {
-      const Words v = load_piece<float, ALIGNED, false>(static_cast<const float*>(p), column + k, n);
+      const Words v = load_piece<float, ALIGNED, false, Index>(static_cast<const float*>(p), column + k, n);
       float part[4];
       unpack<float>(v, part);
       FASTLM_UNROLL
@@ -201,33 +200,32 @@ __device__ __forceinline__ Words added(Words x, Words residual, bool drop, const
 }
 
 /// y of one piece: d = x - mean, y = (d * rstd - shift) * (weight + offset) + bias.
-template <class T, bool ALIGNED>
-__device__ __forceinline__ Words normalised(const NormForward& a, Words x, int64_t column, int64_t n, float mean,
+template <class T, bool ALIGNED, class Index>
+__device__ __forceinline__ Words normalised(const NormForward& a, Words x, Index column, Index n, float mean,
                                             float rstd, float shift) {
   constexpr int W = WIDTH<T>;
   float value[W];
   unpack<T>(x, value);
   FASTLM_UNROLL
   for (int i = 0; i < W; ++i) value[i] = fmaf(value[i] - mean, rstd, -shift);
-  if (a.weight) {
-    float weight[W];
-    load_parameter<W, ALIGNED>(a.weight, a.weight_dtype, column, n, weight);
+  float weight[W], bias[W];
+  FASTLM_UNROLL
+  for (int i = 0; i < W; ++i) weight[i] = 1.f, bias[i] = 0.f;
+  if (a.weight) load_parameter<W, ALIGNED>(a.weight, a.weight_dtype, column, n, weight);
+  if (a.weight && a.offset != 0.f) {
     FASTLM_UNROLL
-    for (int i = 0; i < W; ++i) value[i] *= weight[i] + a.offset;
+    for (int i = 0; i < W; ++i) weight[i] += a.offset;
   }
-  if (a.bias) {
-    float bias[W];
-    load_parameter<W, ALIGNED>(a.bias, a.bias_dtype, column, n, bias);
-    FASTLM_UNROLL
-    for (int i = 0; i < W; ++i) value[i] += bias[i];
-  }
+  if (a.bias) load_parameter<W, ALIGNED>(a.bias, a.bias_dtype, column, n, bias);
+  FASTLM_UNROLL
+  for (int i = 0; i < W; ++i) value[i] = fmaf(value[i], weight[i], bias[i]);
   return pack<T>(value);
 }
 
 /// dx (and dresidual) of one piece, from d, the gradient of h without dh.
-template <class T, bool ALIGNED>
-__device__ __forceinline__ void store_gradient(const NormBackward& a, int64_t row, int64_t column, int64_t n,
-                                               float (&d)[WIDTH<T>], Words dh, const RowDropout& dropout) {
+template <class T, bool ALIGNED, class Index>
+__device__ __forceinline__ void store_gradient(const NormBackward& a, int64_t row, Index column, Index n,
+                                               float (&d)[WIDTH<T>], Words dh) {
   constexpr int W = WIDTH<T>;
   if (a.dh) {
     float more[W];
@@ -237,6 +235,7 @@ __device__ __forceinline__ void store_gradient(const NormBackward& a, int64_t ro
   }
   if (a.seed) {
     store_piece<T, ALIGNED>(static_cast<T*>(a.dresidual) + row * n, column, n, pack<T>(d));
+    const RowDropout dropout(*a.seed, row, a.threshold, a.scale);
     FASTLM_UNROLL
     for (int i = 0; i < W; ++i) d[i] = dropout(d[i], column + i);
   }

@@ -131,7 +131,6 @@ __device__ __forceinline__ void norm_backward_long_kernel(const NormBackward& a)
   const T* g_row = static_cast<const T*>(a.dy) + row * a.dy_stride;
   const T* h_row = static_cast<const T*>(a.dh) + row * n;
   const float mean = a.mean ? a.mean[row] : 0.f, rstd = a.rstd[row], count = static_cast<float>(n);
-  const RowDropout dropout(a.seed ? *a.seed : 0, row, a.threshold, a.scale);
   Words* const kept = shared<Words>(NORM_ROOM) + threadIdx.x;
   const auto pieces = [&](Words x_piece, Words g_piece, int64_t column, float (&xhat)[W], float (&g)[W]) {
     float x[W], weight[W];
@@ -185,7 +184,7 @@ __device__ __forceinline__ void norm_backward_long_kernel(const NormBackward& a)
     pieces(x, g, column, xhat, d);
     FASTLM_UNROLL
     for (int i = 0; i < W; ++i) d[i] = fmaf(-xhat[i], c2, d[i] - c1) * rstd;
-    store_gradient<T, ALIGNED>(a, row, column, n, d, dh, dropout);
+    store_gradient<T, ALIGNED>(a, row, column, n, d, dh);
   }
 }
 
