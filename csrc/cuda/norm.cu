@@ -23,12 +23,15 @@
 // 1024: 1024 blocks of four rows, one wave of 7.8 blocks a multiprocessor; floor of 1024 bfloat16 16.8 MB, 3.5 us.
 // Backward: 128 registers, so 512 threads, each with 64 bytes (x and dy) a row and up to three rows ahead: 96 KB. The
 // same sizes: 256 blocks of four tiles of four rows; floor 25.2 MB, 5.2 us, and 2.1 MB of parts to the L2 cache and
-// back. Issue slots: 36 bytes a nanosecond are 5 elements a cycle forward and 3.4 backward in bfloat16, of 128 lanes:
-// 25 and 37 instructions an element at most, of which the loops take some 18 and 25.
+// back. Issue slots, as near: 36 bytes a nanosecond are 5.2 elements a cycle forward and 3.4 backward in bfloat16, which
+// leaves 25 and 37 instructions of 128 lanes for each. Counted in the binary for sm_90a (layer_norm with both
+// parameters in bfloat16, N = 1024): about 24 and 33, so rows wider than 2 bytes an element have room and these do not.
 //
 // Tried and lost, by what the compiler makes of it for sm_80 to sm_120: the float32 values kept beside the packed ones
-// (64 registers and spills, 54 without: keep_packed); x and residual loaded all at once (spills with dropout); 64 bytes
-// of columns a thread in the backward (16 spilled registers in float32; 32 bytes keep both sums).
+// forward (64 registers and spills, 54 without: keep_packed); x and residual loaded all at once (spills with dropout);
+// 64 bytes of columns a thread in the backward (16 spilled registers in float32; 32 bytes keep both sums); x and dy kept
+// packed in the backward and rows copied ahead by address (49 instructions an element); parameters of every dtype
+// converted by predicate (28 forward).
 //
 // Never run on a GPU.
 #include "cuda/norm.cuh"
@@ -88,6 +91,7 @@ __device__ __forceinline__ void norm_forward_kernel(const NormForward& a) {
     Pair moments{0.f, 0.f};
     FASTLM_UNROLL
     for (int k = 0; k < K; ++k) {
+      if (ALIGNED && at.column + k * at.step >= n) continue;
       keep_packed(v[k]);
       float value[W];
       unpack<T>(v[k], value);
@@ -144,7 +148,7 @@ __device__ __forceinline__ void norm_backward_kernel(const NormBackward& a) {
   FASTLM_UNROLL
   for (int k = 0; k < K; ++k) {
     float piece[W];
-    if (a.weight) load_parameter<W, ALIGNED>(a.weight, a.weight_dtype, at.column + k * at.step, n, piece);
+    if (a.weight) load_parameter<T, ALIGNED>(a.weight, a.weight_dtype, at.column + k * at.step, n, piece);
     FASTLM_UNROLL
     for (int i = 0; i < W; ++i) {
       weight[k * W + i] = a.weight ? piece[i] + a.offset : 1.f;

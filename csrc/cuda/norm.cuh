@@ -58,9 +58,15 @@ __device__ __forceinline__ float half_bits_to_float(uint16_t bits, DType dtype) 
   return dtype == DType::bfloat16 ? to_float(bfloat16{bits}) : to_float(float16{bits});
 }
 
-/// COUNT elements of weight or bias from this column on, as float32; 0 behind the end.
-template <int COUNT, bool ALIGNED, class Index>
-__device__ __forceinline__ void load_parameter(const void* p, DType dtype, Index column, Index n, float (&out)[COUNT]) {
+/// WIDTH<T> elements of weight or bias from this column on, as float32; 0 behind the end. Fastest where they are T too.
+template <class T, bool ALIGNED, class Index>
+__device__ __forceinline__ void load_parameter(const void* p, DType dtype, Index column, Index n,
+                                               float (&out)[WIDTH<T>]) {
+  constexpr int COUNT = WIDTH<T>;
+  if (dtype == static_cast<DType>(FASTLM_DTYPE)) {
+    unpack<T>(load_piece<T, ALIGNED, false>(static_cast<const T*>(p), column, n), out);
+    return;
+  }
   FASTLM_UNROLL
   for (int i = 0; i < COUNT; ++i) out[i] = 0.f;
   if (dtype == DType::float32) {
@@ -209,14 +215,22 @@ __device__ __forceinline__ Words normalised(const NormForward& a, Words x, Index
   FASTLM_UNROLL
   for (int i = 0; i < W; ++i) value[i] = fmaf(value[i] - mean, rstd, -shift);
   float weight[W], bias[W];
-  FASTLM_UNROLL
-  for (int i = 0; i < W; ++i) weight[i] = 1.f, bias[i] = 0.f;
-  if (a.weight) load_parameter<W, ALIGNED>(a.weight, a.weight_dtype, column, n, weight);
+  if (a.weight) {
+    load_parameter<T, ALIGNED>(a.weight, a.weight_dtype, column, n, weight);
+  } else {
+    FASTLM_UNROLL
+    for (int i = 0; i < W; ++i) weight[i] = 1.f;
+  }
   if (a.weight && a.offset != 0.f) {
     FASTLM_UNROLL
     for (int i = 0; i < W; ++i) weight[i] += a.offset;
   }
-  if (a.bias) load_parameter<W, ALIGNED>(a.bias, a.bias_dtype, column, n, bias);
+  if (a.bias) {
+    load_parameter<T, ALIGNED>(a.bias, a.bias_dtype, column, n, bias);
+  } else {
+    FASTLM_UNROLL
+    for (int i = 0; i < W; ++i) bias[i] = 0.f;
+  }
   FASTLM_UNROLL
   for (int i = 0; i < W; ++i) value[i] = fmaf(value[i], weight[i], bias[i]);
   return pack<T>(value);

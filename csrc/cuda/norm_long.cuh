@@ -136,7 +136,7 @@ __device__ __forceinline__ void norm_backward_long_kernel(const NormBackward& a)
     float x[W], weight[W];
     unpack<T>(x_piece, x);
     unpack<T>(g_piece, g);
-    if (a.weight) load_parameter<W, ALIGNED>(a.weight, a.weight_dtype, column, n, weight);
+    if (a.weight) load_parameter<T, ALIGNED>(a.weight, a.weight_dtype, column, n, weight);
     FASTLM_UNROLL
     for (int i = 0; i < W; ++i) {
       xhat[i] = (x[i] - mean) * rstd;
