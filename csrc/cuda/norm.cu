@@ -23,15 +23,16 @@
 // 1024: 1024 blocks of four rows, one wave of 7.8 blocks a multiprocessor; floor of 1024 bfloat16 16.8 MB, 3.5 us.
 // Backward: 128 registers, so 512 threads, each with 64 bytes (x and dy) a row and up to three rows ahead: 96 KB. The
 // same sizes: 256 blocks of four tiles of four rows; floor 25.2 MB, 5.2 us, and 2.1 MB of parts to the L2 cache and
-// back. Issue slots, as near: 36 bytes a nanosecond are 5.2 elements a cycle forward and 3.4 backward in bfloat16, which
-// leaves 25 and 37 instructions of 128 lanes for each. Counted in the binary for sm_90a (layer_norm with both
-// parameters in bfloat16, N = 1024): about 24 and 33, so rows wider than 2 bytes an element have room and these do not.
+// back.
+// Issue slots are as near: 36 bytes a nanosecond are 5.2 elements a cycle forward and 3.4 backward in bfloat16, which
+// leaves 25 and 37 instructions of 128 lanes for each. Counted along the path of layer_norm with both parameters in
+// the binary for sm_90a (N = 1024): about 23 and 33. In float32 there is twice the room.
 //
 // Tried and lost, by what the compiler makes of it for sm_80 to sm_120: the float32 values kept beside the packed ones
 // forward (64 registers and spills, 54 without: keep_packed); x and residual loaded all at once (spills with dropout);
-// 64 bytes of columns a thread in the backward (16 spilled registers in float32; 32 bytes keep both sums); x and dy kept
-// packed in the backward and rows copied ahead by address (49 instructions an element); parameters of every dtype
-// converted by predicate (28 forward).
+// 64 bytes of columns a thread in the backward (16 spilled registers in float32; 32 bytes keep both sums); x and dy
+// kept packed in the backward and rows copied ahead by address (49 instructions an element); parameters of every dtype
+// in one loop of the forward (27).
 //
 // Never run on a GPU.
 #include "cuda/norm.cuh"
@@ -123,12 +124,24 @@ __device__ __forceinline__ void norm_forward_kernel(const NormForward& a) {
     if (a.mean) a.mean[row] = mean + shift;
   }
   T* y = static_cast<T*>(a.y) + row * a.N;
-  FASTLM_UNROLL
-  for (int k = 0; k < K; ++k) {
-    const int column = at.column + k * at.step;
-    keep_packed(v[k]);
-    if (column < n)
-      store_piece<T, ALIGNED>(y, column, n, normalised<T, ALIGNED>(a, v[k], column, n, mean, rstd, shift * rstd));
+  if (ALIGNED && plain_parameters<T>(a)) {
+    FASTLM_UNROLL
+    for (int k = 0; k < K; ++k) {
+      const int column = at.column + k * at.step;
+      keep_packed(v[k]);
+      if (column < n)
+        store_piece<T, ALIGNED>(y, column, n,
+                                normalised<T, ALIGNED, true>(a, v[k], column, n, mean, rstd, shift * rstd));
+    }
+  } else {
+    FASTLM_UNROLL
+    for (int k = 0; k < K; ++k) {
+      const int column = at.column + k * at.step;
+      keep_packed(v[k]);
+      if (column < n)
+        store_piece<T, ALIGNED>(y, column, n,
+                                normalised<T, ALIGNED, false>(a, v[k], column, n, mean, rstd, shift * rstd));
+    }
   }
   sum.leave();
 }

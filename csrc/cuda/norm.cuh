@@ -205,8 +205,15 @@ __device__ __forceinline__ Words added(Words x, Words residual, bool drop, const
   return pack<T>(value);
 }
 
+/// Whether there is a weight, the parameters are of dtype T and no offset is added: what normalised<..., true> takes.
+template <class T>
+__device__ __forceinline__ bool plain_parameters(const NormForward& a) {
+  constexpr DType OWN = static_cast<DType>(FASTLM_DTYPE);
+  return a.weight && a.offset == 0.f && a.weight_dtype == OWN && (!a.bias || a.bias_dtype == OWN);
+}
+
 /// y of one piece: d = x - mean, y = (d * rstd - shift) * (weight + offset) + bias.
-template <class T, bool ALIGNED, class Index>
+template <class T, bool ALIGNED, bool PLAIN, class Index>
 __device__ __forceinline__ Words normalised(const NormForward& a, Words x, Index column, Index n, float mean,
                                             float rstd, float shift) {
   constexpr int W = WIDTH<T>;
@@ -215,6 +222,18 @@ __device__ __forceinline__ Words normalised(const NormForward& a, Words x, Index
   FASTLM_UNROLL
   for (int i = 0; i < W; ++i) value[i] = fmaf(value[i] - mean, rstd, -shift);
   float weight[W], bias[W];
+  if constexpr (PLAIN) {
+    unpack<T>(load_piece<T, ALIGNED, false>(static_cast<const T*>(a.weight), column, n), weight);
+    if (a.bias) {
+      unpack<T>(load_piece<T, ALIGNED, false>(static_cast<const T*>(a.bias), column, n), bias);
+      FASTLM_UNROLL
+      for (int i = 0; i < W; ++i) value[i] = fmaf(value[i], weight[i], bias[i]);
+    } else {
+      FASTLM_UNROLL
+      for (int i = 0; i < W; ++i) value[i] *= weight[i];
+    }
+    return pack<T>(value);
+  }
   if (a.weight) {
     load_parameter<T, ALIGNED>(a.weight, a.weight_dtype, column, n, weight);
   } else {

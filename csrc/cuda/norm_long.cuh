@@ -115,7 +115,8 @@ __device__ __forceinline__ void norm_forward_long_kernel(const NormForward& a) {
     for (int k = 0; k < K; ++k) {
       const int64_t column = first + k * STEP;
       if (column < n)
-        store_piece<T, ALIGNED>(y, column, n, normalised<T, ALIGNED>(a, v[k], column, n, mean, rstd, shift * rstd));
+        store_piece<T, ALIGNED>(y, column, n,
+                                normalised<T, ALIGNED, false>(a, v[k], column, n, mean, rstd, shift * rstd));
     }
   }
 }
