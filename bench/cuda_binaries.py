@@ -38,7 +38,7 @@ from fastlm.cuda import _binaries, _nvrtc, _sources
 ROOT = Path(__file__).resolve().parent.parent
 CACHE = ROOT / "build" / "cuda_binaries"
 TABLE = binaries.Committed(ROOT / "bench" / "results" / "cuda_binaries.json")
-"""By version of CUDA; rows are dtype and instance."""
+"""By compiler; rows are dtype and instance."""
 
 OPS = _sources.ops(_sources.folder())
 CHIPS = tuple(f"sm_{arch}" for arch in _sources.ARCHITECTURES)
@@ -66,14 +66,14 @@ def nvcc() -> str | None:
 
 @functools.cache
 def version() -> str:
-    """Of CUDA: NVRTC and nvcc of the same version make the same instructions."""
+    """Of the compiler. NVRTC and nvcc of the same version share their optimiser, but allot some registers otherwise."""
     nvrtc, _ = _nvrtc.find()
     if nvrtc is not None:
-        return ".".join(map(str, nvrtc.version))
+        return f"NVRTC {'.'.join(map(str, nvrtc.version))}"
     if nvcc() is None:
         raise FileNotFoundError(missing())
     said = subprocess.run([str(nvcc()), "--version"], capture_output=True, text=True, check=True).stdout
-    return said.split("release ")[1].split(",")[0]
+    return f"nvcc {said.split('release ')[1].split(',')[0]}"
 
 
 def missing() -> str | None:
@@ -228,7 +228,7 @@ def main() -> int:
     changed = [] if old is None else binaries.differences(old, now, CHIPS)
     count = sum(map(len, rows.values()))
     if options.json:
-        document = {"cuda": version(), "known": old is not None, "rows": count}
+        document = {"compiler": version(), "known": old is not None, "rows": count}
         print(json.dumps({**document, "complaints": broken, "differences": changed, "unused": unused(rows)}))
         return int(bool(broken))
     print(f"{'chip':7} {'regs':>4} {'most':>4} {'thr':>4} {'shared':>6}  {'loads':22} {'stores':22} instance")
@@ -245,7 +245,7 @@ def main() -> int:
         print("\nother than in the committed table:", *changed, sep="\n  ")
     if broken:
         print("\nbroken rules:", *broken, sep="\n  ")
-    print(f"\n{count} instances from {len(rows)} compilations, CUDA {version()}, {time.perf_counter() - start:.0f} s")
+    print(f"\n{count} instances from {len(rows)} compilations, {version()}, {time.perf_counter() - start:.0f} s")
     return int(bool(broken))
 
 

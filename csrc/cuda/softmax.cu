@@ -282,7 +282,7 @@ __device__ __forceinline__ void softmax_block(const SoftmaxArguments& a) {
   }
   const int64_t column = s.edge(at.thread);
   SoftmaxEdge<T, BACKWARD> edge;
-  edge.load(at.x, at.y, column, s.n);
+  if constexpr (CUT == Cut::shifted) edge.load(at.x, at.y, column, s.n);
 
   SoftmaxSum<T, BACKWARD> sum;
   sum.add(word, s.words - at.thread, at.threads, a.log);
@@ -298,7 +298,7 @@ __device__ __forceinline__ void softmax_block(const SoftmaxArguments& a) {
     const SoftmaxWord<T, CUT, BACKWARD> one[1] = {stashed(k)};
     sum.add(one, 1, 0, a.log);
   }
-  sum.add(edge, a.log);
+  if constexpr (CUT == Cut::shifted) sum.add(edge, a.log);
   const SoftmaxRow row = sum.over_row(a.cluster, a.log);
 
   FASTLM_UNROLL
@@ -309,7 +309,7 @@ __device__ __forceinline__ void softmax_block(const SoftmaxArguments& a) {
     const int i = (WORDS + k) * at.threads + at.thread;
     if (i < s.words) at.finish(stashed(k), i, row, a.log);
   }
-  edge.finish(at.out, column, s.n, row, a.log);
+  if constexpr (CUT == Cut::shifted) edge.finish(at.out, column, s.n, row, a.log);
 }
 
 template <class T, Cut CUT, bool BACKWARD>
@@ -320,7 +320,7 @@ __device__ __forceinline__ void softmax_twice(const SoftmaxArguments& a) {
   const auto& s = at.span;
   const int64_t column = s.edge(at.thread), threads = at.threads;
   SoftmaxEdge<T, BACKWARD> edge;
-  edge.load(at.x, at.y, column, s.n);
+  if constexpr (CUT == Cut::shifted) edge.load(at.x, at.y, column, s.n);
   SoftmaxWord<T, CUT, BACKWARD> word[BATCH];
   const auto load = [&](int64_t first) {
     FASTLM_UNROLL
@@ -332,14 +332,14 @@ __device__ __forceinline__ void softmax_twice(const SoftmaxArguments& a) {
     load(first);
     sum.add(word, s.words - first, at.threads, a.log);
   }
-  sum.add(edge, a.log);
+  if constexpr (CUT == Cut::shifted) sum.add(edge, a.log);
   const SoftmaxRow row = sum.over_row(a.cluster, a.log);
   for (int64_t first = at.thread; first < s.words; first += BATCH * threads) {
     load(first);
     FASTLM_UNROLL
     for (int k = 0; k < BATCH; ++k) at.finish(word[k], first + k * threads, row, a.log);
   }
-  edge.finish(at.out, column, s.n, row, a.log);
+  if constexpr (CUT == Cut::shifted) edge.finish(at.out, column, s.n, row, a.log);
 }
 
 #define FASTLM_SOFTMAX(name, BACKWARD)                                                              \
