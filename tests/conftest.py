@@ -54,9 +54,15 @@ def canaries(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
         guards.append((memory[:CANARY], memory[-CANARY:]))
         return tensor.copy_(payload)
 
+    def allocate_like(
+        shape: tuple[int, ...], dtype: torch.dtype, like: torch.Tensor, strides: tuple[int, ...] | None = None
+    ) -> torch.Tensor:
+        made = allocate(tuple(shape), dtype, like.device)
+        return made if strides is None else made.as_strided(shape, strides)
+
     monkeypatch.setattr(native, "_allocate", allocate)
     if not emulation.INSTALLED:  # there AddressSanitizer knows the bounds, and sees reads as well
-        monkeypatch.setattr(cuda, "_allocate", lambda shape, dtype, like: allocate(tuple(shape), dtype, like.device))
+        monkeypatch.setattr(cuda, "_allocate", allocate_like)
     if _platform.missing() is None:
         monkeypatch.setattr("fastlm.kernels._launch._allocate", allocate)
     yield

@@ -152,14 +152,23 @@ def vector(name: str, tensor: Tensor | None) -> tuple[Tensor | None, int, int]:
     return tensor, address(name, tensor, *DTYPES), DTYPES[tensor.dtype]
 
 
-def _allocate(shape: Sequence[int], dtype: torch.dtype, like: Tensor) -> Tensor:  # replaced by the tests
+def _allocate(
+    shape: Sequence[int], dtype: torch.dtype, like: Tensor, strides: Sequence[int] | None = None
+) -> Tensor:  # replaced by the tests
+    if strides is not None:
+        return like.new_empty_strided(shape, strides, dtype=dtype)
     # Sizes one by one, which torch reads in half the time of a tuple, and no device, which it would have to parse.
     return like.new_empty(*shape, dtype=dtype) if shape else like.new_empty((), dtype=dtype)
 
 
-def empty(shape: Sequence[int], like: Tensor, dtype: torch.dtype | None = None) -> Tensor:
-    """Every output and scratch of a kernel comes from here, so that the tests can put canaries around it."""
-    return _allocate(shape, dtype or like.dtype, like)
+def empty(
+    shape: Sequence[int], like: Tensor, dtype: torch.dtype | None = None, strides: Sequence[int] | None = None
+) -> Tensor:
+    """Every output and scratch of a kernel comes from here, so that the tests can put canaries around it.
+
+    Contiguous, or with these strides, which must leave no gaps.
+    """
+    return _allocate(shape, dtype or like.dtype, like, strides)
 
 
 def output(tensor: Tensor) -> int:

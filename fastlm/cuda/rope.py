@@ -48,13 +48,12 @@ def _place(
     launcher takes of both."""
     batch, head, position, channel = x.stride()
     by_position = head < position
-    made = empty((b, s, h, d) if by_position else (b, h, s, d), x)
-    out = made.transpose(1, 2) if by_position else made
+    out = empty((b, h, s, d), x, None, (s * h * d, d, h * d, 1) if by_position else None)
     if channel != 1:
         x = x.contiguous()
         batch, head, position, _ = x.stride()
     return x, out, (
-        address(name, x, dtype, contiguous=False), batch, head, position, output(made), by_position, h,
+        address(name, x, dtype, contiguous=False), batch, head, position, output(out), by_position, h,
     )  # fmt: skip
 
 
