@@ -231,8 +231,6 @@ __device__ __forceinline__ T* shared(int64_t bytes = 0) {
 
 #ifdef FASTLM_EMULATED
 inline float exp2_fast(float x) { return exp2f(x); }
-inline float log2_fast(float x) { return log2f(x); }
-inline float rsqrt_fast(float x) { return 1 / sqrtf(x); }
 inline float reciprocal_fast(float x) { return 1 / x; }
 inline float sqrt_fast(float x) { return sqrtf(x); }
 inline float multiply(float a, float b) {
@@ -245,17 +243,6 @@ inline float multiply(float a, float b) {
 __device__ __forceinline__ float exp2_fast(float x) {
   float y;
   asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
-  return y;
-}
-__device__ __forceinline__ float log2_fast(float x) {
-  float y;
-  asm("lg2.approx.f32 %0, %1;" : "=f"(y) : "f"(x));
-  return y;
-}
-/// To 2 ulp.
-__device__ __forceinline__ float rsqrt_fast(float x) {
-  float y;
-  asm("rsqrt.approx.f32 %0, %1;" : "=f"(y) : "f"(x));
   return y;
 }
 /// To 1 ulp; results below 2^-126 are 0. One instruction: without ftz it takes seven.

@@ -52,7 +52,6 @@ class Kernel {
     start(dtype, variant, grid, &arguments, sizeof arguments, device, stream);
   }
 
-  const char* op() const { return op_; }
   const char* name() const { return name_; }
 
  private:
