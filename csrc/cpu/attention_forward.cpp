@@ -3,58 +3,19 @@
 //   algorithm  an item is up to CHUNK queries of one head. For each tile of 64 keys: pack K and V as float32 once, then
 //              for each 64 queries S^T = K Q^T, running maximum and sum per lane, O^T += V^T P^T.
 //              Running sums are rescaled only where the maximum grew by more than RESCALE: P stays below e^RESCALE.
-//   bfloat16   with AMX the same loop on bfloat16 tiles (attention_amx.h): P is rounded, sums are float32
+//   bfloat16   with AMX the same loop on bfloat16 tiles (attention_forward_amx.h): P is rounded, sums are float32
 //   memory     reads Q once, K and V once per CHUNK queries, writes O and lse once; scratch O(CHUNK * D) per thread
 //   parallel   items, handed out one by one, the longest (last) queries first; each is summed in key order by one
 //              thread, so the result does not depend on the number of threads
-#include "attention.h"
+#include "attention_forward.h"
 #ifdef __AMX_BF16__
-#include "attention_amx.h"
+#include "attention_forward_amx.h"
 #endif
 
 namespace fastlm::FASTLM_ISA {
 namespace {
 
-constexpr int64_t CHUNK = ATTENTION_CHUNK;
-constexpr float RESCALE = 8.f;
 constexpr int64_t FEW = 2;  // queries up to which lanes would be wasted on queries: dot products along D instead
-
-/// Running maximum and sum of 64 queries, and their outputs so far, transposed: [Dv][BQ].
-struct Running {
-  float *maximum, *total, *out;
-
-  void start(int64_t Dv) {
-    for (int64_t i = 0; i < BQ; ++i) maximum[i] = -INF, total[i] = 0.f;
-    std::memset(out, 0, Dv * BQ * sizeof(float));
-  }
-};
-
-/// The largest of x * scale down one vector's columns; four at a time, because a maximum waits for the one before.
-inline Vec column_maximum(const float* x, int64_t keys, float scale) {
-  Vec m[4] = {splat(-INF), splat(-INF), splat(-INF), splat(-INF)};
-  int64_t j = 0;
-  for (; j + 4 <= keys; j += 4)
-    for (int u = 0; u < 4; ++u) m[u] = vmax(load(x + (j + u) * BQ) * scale, m[u]);
-  for (; j < keys; ++j) m[0] = vmax(load(x + j * BQ) * scale, m[0]);
-  return vmax(vmax(m[0], m[1]), vmax(m[2], m[3]));
-}
-
-/// Takes a tile's maximum into the running one of vector n; `exponential` is e^x or 2^x, what logits are powers of.
-/// Returns what to subtract from the logits.
-template <class E>
-inline Vec raise_maximum(Vec highest, float rescale, int n, Running& run, int64_t Dv, E exponential) {
-  const Vec before = load(run.maximum + n * W);
-  const Int grown = highest > before + rescale;
-  Vec center = before;
-  if (max(grown ? splat(1.f) : Vec{}) > 0.f) {
-    center = grown ? highest : before;
-    const Vec factor = grown ? exponential(before - highest) : splat(1.f);
-    store(run.total + n * W, load(run.total + n * W) * factor);
-    for (int64_t d = 0; d < Dv; ++d) store(run.out + d * BQ + n * W, load(run.out + d * BQ + n * W) * factor);
-    store(run.maximum + n * W, center);
-  }
-  return center == splat(-INF) ? Vec{} : center;  // no key seen so far: every power is 0
-}
 
 /// One step of the online softmax: logits -> P in place.
 inline void softmax_tile(float* x, int64_t keys, int vectors, float scale, const Dropout& dropout, int64_t j0,
@@ -69,22 +30,6 @@ inline void softmax_tile(float* x, int64_t keys, int vectors, float scale, const
       store(column + j * BQ, dropout.used ? dropout.apply(p, n, j0 + j) : p);
     }
     store(run.total + n * W, total);
-  }
-}
-
-/// Output and lse of up to 64 queries; unit: the natural logarithm of what the logits are powers of.
-template <class T>
-void finish(const Problem& p, const Running& run, float keep_scale, float unit, void* out, const Strides& os,
-            float* lse, int64_t b, int64_t h, int64_t i, int64_t rows) {
-  Vec factor[NV];
-  for (int n = 0; n < NV; ++n) {
-    const Vec total = load(run.total + n * W);
-    factor[n] = total == Vec{} ? Vec{} : keep_scale / total;
-  }
-  store_transposed(run.out, factor, rows, p.Dv, at<T>(out, os, b, h, i), os[2]);
-  for (int64_t r = 0; r < rows; ++r) {
-    const float total = run.total[r];
-    lse[(b * p.H + h) * p.S + i + r] = total == 0.f ? -INF : run.maximum[r] * unit + std::log(total);
   }
 }
 
@@ -180,99 +125,6 @@ void forward_item(const Problem& p, void* out, const Strides& os, float* lse, in
     finish<T>(p, run[c], dropout.keep_scale, 1.f, out, os, lse, b, h, i, rows);
   }
 }
-
-#ifdef __AMX_BF16__
-/// softmax_tile with powers of 2, to bfloat16 pairs of keys: [BK / 2][BQ]. Keys up to the next multiple of 32 get 0.
-inline void softmax_pairs(const float* x, uint32_t* pairs, int64_t keys, int vectors, float scale,
-                          const Dropout& dropout, int64_t j0, Running& run, int64_t Dv) {
-  for (int n = 0; n < vectors; ++n) {
-    const float* const column = x + n * W;
-    const Vec center = raise_maximum(column_maximum(column, keys, scale), RESCALE * LOG2_E, n, run, Dv, exp2_tile);
-    Vec total[2] = {load(run.total + n * W), Vec{}};
-    int64_t j = 0;
-    for (; j < keys; j += 2) {
-      Vec first = exp2_tile(load(column + j * BQ) * scale - center);
-      Vec second = j + 1 < keys ? exp2_tile(load(column + (j + 1) * BQ) * scale - center) : Vec{};
-      total[0] += first;
-      total[1] += second;
-      if (dropout.used) first = dropout.apply(first, n, j0 + j), second = dropout.apply(second, n, j0 + j + 1);
-      _mm512_store_si512(pairs + j / 2 * BQ + n * W, pair_lanes(to_bfloat16_both(first, second)));
-    }
-    for (; j < round_up(keys, 32); j += 2) _mm512_store_si512(pairs + j / 2 * BQ + n * W, _mm512_setzero_si512());
-    store(run.total + n * W, total[0] + total[1]);
-  }
-}
-
-/// forward_item in bfloat16 tiles.
-void forward_item_amx(const Problem& p, void* out, const Strides& os, float* lse, int64_t b, int64_t h, int64_t i0,
-                      float* scratch) {
-  Arena arena(scratch);
-  const Tiles tiles;
-  const int64_t i1 = min64(p.S, i0 + CHUNK), blocks = ceil_div(i1 - i0, BQ);
-  const int64_t Dp = round_up(p.D, 32), Dvp = round_up(p.Dv, 32), hk = h / p.group();
-  bfloat16* const kt = arena.take<bfloat16>(BK * Dp);
-  bfloat16* const v = arena.take<bfloat16>(BK * Dvp);
-  uint32_t* const v_pairs = arena.take<uint32_t>(BK / 2 * Dvp);
-  bfloat16* const vt = arena.take<bfloat16>(Dvp * BK);
-  float* const x = arena.take(BK * BQ);
-  uint32_t* const pairs = arena.take<uint32_t>(BK / 2 * BQ);
-  MaskTile mask{arena.take(BK * BQ)};
-  Dropout dropout(p, arena);
-  uint32_t* qt[CHUNK / BQ];
-  Running run[CHUNK / BQ];
-  for (int64_t c = 0; c < blocks; ++c) {
-    qt[c] = arena.take<uint32_t>(Dp / 2 * BQ);
-    run[c] = {arena.take(BQ), arena.take(BQ), arena.take(Dvp * BQ)};
-    run[c].start(Dvp);
-    const int64_t i = i0 + c * BQ, rows = min64(BQ, i1 - i), padded = round_up(rows, 16);
-    copy_rows(at<bfloat16>(p.q, p.qs, b, h, i), p.qs[2], rows, padded, p.D, kt, Dp);
-    transpose_words(words(kt), Dp / 2, padded, Dp / 2, qt[c], BQ);
-  }
-  for (int64_t j0 = 0; j0 < p.keys(i1); j0 += BK) {
-    const int64_t keys = min64(BK, p.T - j0), padded = round_up(keys, 32);
-    bool packed = false, finite = true;
-    for (int64_t c = 0; c < blocks; ++c) {
-      const int64_t i = i0 + c * BQ, rows = min64(BQ, i1 - i), visible = i + p.diagonal - j0;
-      if (visible + rows <= 0) continue;
-      if (p.mask) {
-        mask.read(p, b, h, i, rows, j0, keys);
-        if (mask.empty) continue;
-      }
-      if (!packed) {
-        copy_rows(at<bfloat16>(p.k, p.ks, b, hk, j0), p.ks[2], keys, padded, p.D, kt, Dp);
-        finite = copy_rows(at<bfloat16>(p.v, p.vs, b, hk, j0), p.vs[2], keys, padded, p.Dv, v, Dvp);
-        interleave(v, Dvp, padded, v_pairs);
-        transpose_words(v_pairs, Dvp, round_up(padded / 2, 16), Dvp, reinterpret_cast<uint32_t*>(vt), BK / 2);
-        packed = true;
-      }
-      const int vectors = static_cast<int>(ceil_div(rows, W));
-      tile_gemm<false>(keys, rows, Dp, kt, Dp, qt[c], BQ, x, BQ);
-      float scale = p.scale * LOG2_E;
-      if (mask.used || visible < keys - 1) {
-        mask_logits(x, keys, vectors, p.scale, mask, visible);
-        scale = LOG2_E;
-      }
-      if (dropout.used) dropout.set_rows(p, b, h, i);
-      softmax_pairs(x, pairs, keys, vectors, scale, dropout, j0, run[c], Dvp);
-      if (finite) {
-        tile_gemm<true>(p.Dv, rows, keys, vt, BK, pairs, BQ, run[c].out, BQ);
-        continue;
-      }
-      for (int64_t j = 0; j < keys; ++j)  // a NaN among the values: the terms of weight 0 must be left out
-        for (int64_t n = 0; n < vectors * W; ++n) {
-          const bfloat16 weight{static_cast<uint16_t>(pairs[j / 2 * BQ + n] >> (j % 2 * 16))};
-          if (weight.bits == 0) continue;
-          for (int64_t d = 0; d < p.Dv; ++d)
-            run[c].out[d * BQ + n] += from_bfloat16(Half{weight.bits})[0] * from_bfloat16(Half{v[j * Dvp + d].bits})[0];
-        }
-    }
-  }
-  for (int64_t c = 0; c < blocks; ++c) {
-    const int64_t i = i0 + c * BQ, rows = min64(BQ, i1 - i);
-    finish<bfloat16>(p, run[c], dropout.keep_scale, LN_2, out, os, lse, b, h, i, rows);
-  }
-}
-#endif
 
 }  // namespace
 
