@@ -8,26 +8,13 @@
 //   papers   Intel 64 and IA-32 Architectures Software Developer's Manual, chapter on AMX
 //   tried and lost: products of one key tile while the softmax of another runs (no gain, the two share the ports)
 #pragma once
+#include "amx.h"
 #include "attention.h"
 
 namespace fastlm::FASTLM_ISA {
 namespace {
 
 constexpr float LOG2_E = 1.44269504f, LN_2 = 0.69314718f;
-
-/// Configures all eight tiles as 16 rows of 64 bytes for as long as it lives.
-struct Tiles {
-  Tiles() {
-    struct alignas(64) {
-      uint8_t palette = 1, start_row = 0, reserved[14] = {};
-      uint16_t row_bytes[16] = {64, 64, 64, 64, 64, 64, 64, 64};
-      uint8_t rows[16] = {16, 16, 16, 16, 16, 16, 16, 16};
-    } config;
-    _tile_loadconfig(&config);
-  }
-  ~Tiles() { _tile_release(); }
-  Tiles(const Tiles&) = delete;
-};
 
 template <int MT, int NT, bool ADD>
 inline void tile_block(int64_t K, const bfloat16* a, int64_t lda, const uint32_t* b, int64_t ldb, float* c,
