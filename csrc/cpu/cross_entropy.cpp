@@ -15,7 +15,7 @@
 
 #include "fastlm.h"
 #include "parallel.h"
-#include "simd.h"
+#include "simd_math.h"
 
 namespace fastlm::FASTLM_ISA {
 namespace {
@@ -57,19 +57,6 @@ inline Vec exp_negative(Vec x) {
   p *= from_bits((__builtin_convertvector(n, Int) + 127) << 23);
 #endif
   return x < LOWEST ? Vec{} : p;
-}
-
-/// tanh: an odd polynomial near 0 (Cephes), 1 - 2 / (e^2u + 1) elsewhere.
-inline Vec tanh(Vec u) {
-  const Vec a = vabs(u), s = u * u;
-  Vec p = splat(-5.70498872745e-3f);
-  p = p * s + 2.06390887954e-2f;
-  p = p * s - 5.37397155531e-2f;
-  p = p * s + 1.33314422036e-1f;
-  p = p * s - 3.33332819422e-1f;
-  const Vec near = u + u * s * p;
-  const Vec far = 1.f - 2.f / (exp(a + a) + 1.f);
-  return a < 0.625f ? near : (u < 0.f ? -far : far);
 }
 
 /// z = softcap * tanh(x / softcap), or x.
