@@ -22,7 +22,7 @@ FLOORS = {  # imports go down only
     "nn": 3, "optim": 3,
     "ops": 2,
     "_dispatch": 1, "native": 1, "cuda": 1, "reference": 1, "kernels": 1,
-    "_C": 0, "_version": 0, "_malloc": 0, "_walk": 0,
+    "_C": 0, "_version": 0, "_malloc": 0, "_shadow": 0, "_walk": 0,
 }  # fmt: skip
 PYTHON = sorted(p for p in (ROOT / "fastlm").rglob("*.py") if "kernels" not in p.parts)
 SOURCES = sorted(

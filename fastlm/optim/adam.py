@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from fastlm._dispatch import UnsupportedError
+from fastlm._shadow import Shadow
 from fastlm._walk import memory_order
 from fastlm.ops.adam import OP, Prepared, dequantize, grad_norm, quantize, state_dtype
 
@@ -18,6 +20,32 @@ SMALL = 4096  # parameters of fewer elements keep 32-bit states: biases and norm
 EXACT = ("exp_avg", "exp_avg_sq", "max_exp_avg_sq", "master_param")  # state that stays float32 for 16-bit parameters
 
 
+@dataclass
+class _Call:
+    """One call of adam_step: parameters of one group, dtype and device, prepared."""
+
+    ids: list[int]
+    prepared: Prepared
+    params: list[Tensor]
+    shadows: list[Shadow] = field(default_factory=list)
+    writes: bool = False
+    """Whether the backend writes the shadows itself."""
+
+    def step(self, grads: list[Tensor], found_inf: Tensor | None, **options: Any) -> None:
+        stale = [s for s in self.shadows if not s.valid()] if found_inf is not None else []
+        self.prepared.step(grads, found_inf=found_inf, **options)
+        if self.shadows:
+            copies = [s.copy for s in self.shadows]
+            if not self.writes:
+                torch._foreach_copy_(copies, self.params)
+            else:
+                for shadow in stale:  # if the step was left out, so was the writing
+                    shadow.copy.copy_(shadow.param)
+                torch.autograd.graph.increment_version(copies)
+            for shadow in self.shadows:
+                shadow.written()
+
+
 class _Fused(torch.optim.Adam):
     """The step, the state and the loading that Adam and AdamW share; the rest is torch's."""
 
@@ -25,6 +53,7 @@ class _Fused(torch.optim.Adam):
     master_weights: bool = False
     stochastic_rounding: bool = False
     state_bits: int = 32
+    shadow_dtype: torch.dtype | None = None
     grad_norm: Tensor | None = None
     """Norm of all gradients at the last step, before clipping and after unscaling, 0-d; None without max_norm."""
     _step_supports_amp_scaling = True  # GradScaler hands grad_scale and found_inf to step() in place of its own pass
@@ -36,6 +65,7 @@ class _Fused(torch.optim.Adam):
         master_weights: bool,
         stochastic_rounding: bool,
         state_bits: int,
+        shadow_dtype: torch.dtype | None,
     ) -> None:
         if differentiable:
             raise UnsupportedError(
@@ -48,7 +78,10 @@ class _Fused(torch.optim.Adam):
             raise ValueError("master_weights and stochastic_rounding exclude each other, got both")
         if state_bits not in (8, 32):
             raise ValueError(f"state_bits must be 32 or 8, got {state_bits}")
+        if shadow_dtype not in (None, *LOW):
+            raise ValueError(f"shadow_dtype must be torch.bfloat16, torch.float16 or None, got {shadow_dtype}")
         self.state_bits = state_bits
+        self.shadow_dtype = shadow_dtype
         self.max_norm = max_norm
         self.master_weights = master_weights
         self.stochastic_rounding = stochastic_rounding
@@ -83,17 +116,17 @@ class _Fused(torch.optim.Adam):
             self.grad_norm = norm
             clip = ((norm + 1e-6) / self.max_norm).clamp_(min=1)  # the divisor; NaN stays NaN
             scale = clip if scale is None else clip * scale
-        for group, prepared, grads in calls:
+        for group, call, grads in calls:
             beta1, beta2 = group["betas"]
-            prepared.step(
-                grads, lr=group["lr"], betas=(float(beta1), float(beta2)), eps=group["eps"],
+            call.step(
+                grads, found_inf, lr=group["lr"], betas=(float(beta1), float(beta2)), eps=group["eps"],
                 weight_decay=group["weight_decay"], decoupled=group["decoupled_weight_decay"],
-                maximize=group["maximize"], grad_scale=scale, found_inf=found_inf,
+                maximize=group["maximize"], grad_scale=scale,
             )  # fmt: skip
 
-    def _collect(self) -> list[tuple[dict[str, Any], Prepared, list[Tensor]]]:
+    def _collect(self) -> list[tuple[dict[str, Any], _Call, list[Tensor]]]:
         """The calls of this step: one for each group, dtype and device. Raises before anything is written."""
-        cache: dict[Any, tuple[list[int], Prepared]] = self.__dict__.setdefault("_prepared", {})
+        cache: dict[Any, _Call] = self.__dict__.setdefault("_prepared", {})
         calls = []
         for index, group in enumerate(self.param_groups):
             kinds: dict[Any, tuple[list[Tensor], list[Tensor]]] = {}
@@ -111,10 +144,9 @@ class _Fused(torch.optim.Adam):
                 key = (index, *kind, group["amsgrad"])
                 ids = self._ids(params)
                 found = cache.get(key)
-                if found is None or found[0] != ids or not found[1].current():
-                    prepared = self._prepare(params, group)
-                    found = cache[key] = (self._ids(params), prepared)
-                calls.append((group, found[1], grads))
+                if found is None or found.ids != ids or not found.prepared.current():
+                    found = cache[key] = self._prepare(params, group)
+                calls.append((group, found, grads))
         return calls
 
     def _ids(self, params: list[Tensor]) -> list[int]:
@@ -133,7 +165,7 @@ class _Fused(torch.optim.Adam):
             raise ValueError("state_bits=8 and amsgrad exclude each other, got both")
         return True
 
-    def _prepare(self, params: list[Tensor], group: dict[str, Any]) -> Prepared:
+    def _prepare(self, params: list[Tensor], group: dict[str, Any]) -> _Call:
         if not params[0].is_floating_point():
             raise UnsupportedError(
                 f"fastlm.optim.{type(self).__name__} takes real floating point parameters, got {params[0].dtype}; "
@@ -147,10 +179,13 @@ class _Fused(torch.optim.Adam):
             self._complete(param, group, backend, amsgrad, master, stochastic)
         states = [self.state[p] for p in params]
 
+        shadows = self._shadow(params)
+        writes = bool(shadows) and (backend == "reference" or "shadow_params" in OP.rows[backend].features)
+
         def every(key: str) -> list[Tensor]:
             return [s[key] for s in states]
 
-        return Prepared(
+        prepared = Prepared(
             params,
             every("exp_avg_codes" if quantized else "exp_avg"),
             every("exp_avg_sq_codes" if quantized else "exp_avg_sq"),
@@ -160,8 +195,21 @@ class _Fused(torch.optim.Adam):
             rounding_seeds=[int(s["rounding_seed"]) for s in states] if stochastic else None,
             exp_avg_absmaxes=every("exp_avg_absmax") if quantized else None,
             exp_avg_sq_absmaxes=every("exp_avg_sq_absmax") if quantized else None,
+            shadow_params=[s.copy for s in shadows] if writes else None,
             backend=backend,
         )
+        return _Call(self._ids(params), prepared, params, shadows, writes)
+
+    def _shadow(self, params: list[Tensor]) -> list[Shadow]:
+        """The shadows of parameters, made at their first step; of float32 alone."""
+        dtype = self.shadow_dtype
+        if dtype is None or params[0].dtype is not torch.float32:
+            return []
+        kept: dict[Tensor, Shadow] = self.__dict__.setdefault("_shadows", {})
+        for param in params:
+            if param not in kept or not kept[param].fits(dtype):
+                kept[param] = Shadow(param, dtype)
+        return [kept[param] for param in params]
 
     def _complete(
         self, param: Tensor, group: dict[str, Any], backend: str, amsgrad: bool, master: bool, stochastic: bool
@@ -243,12 +291,13 @@ class _Fused(torch.optim.Adam):
                 hook.remove()
 
     def __getstate__(self) -> dict[str, Any]:
-        own = ("max_norm", "master_weights", "stochastic_rounding", "state_bits", "grad_norm")
+        own = ("max_norm", "master_weights", "stochastic_rounding", "state_bits", "shadow_dtype", "grad_norm")
         return {**super().__getstate__(), **{name: getattr(self, name) for name in own}}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
         self.__dict__.pop("_prepared", None)
+        self.__dict__.pop("_shadows", None)
 
 
 _OWN_ARGUMENTS = """
@@ -267,6 +316,11 @@ _OWN_ARGUMENTS = """
             "exp_avg_absmax", and so for "exp_avg_sq". Parameters of fewer than 4096 elements and float64 ones keep
             wide moments. States of either kind load into an optimizer of the other, which converts them at its next
             step; torch.optim's cannot read 8-bit ones. Not with amsgrad.
+        shadow_dtype: bfloat16 or float16: the step leaves a copy of every float32 parameter in this dtype beside it,
+            for fastlm's layers under torch.autocast, which then cast no weight. 2 bytes a parameter; made at the first
+            step, not in the state dict. A parameter changed since by an in-place operation on it (load_state_dict,
+            torch.nn.init) or given other memory (`p.data = ...`) is cast as ever until the next step. A write into
+            `p.data`, which autograd does not notice either, leaves the copy as it was until then.
 
     Differences: moments of bfloat16 and float16 parameters are float32 (torch keeps them in the parameter's dtype);
     state dicts load both ways all the same. `grad_scale` and `found_inf`, set by torch.amp.GradScaler, are honoured;
@@ -307,8 +361,9 @@ class Adam(_Fused):
         master_weights: bool = False,
         stochastic_rounding: bool = False,
         state_bits: int = 32,
+        shadow_dtype: torch.dtype | None = None,
     ) -> None:
-        self._configure(differentiable, max_norm, master_weights, stochastic_rounding, state_bits)
+        self._configure(differentiable, max_norm, master_weights, stochastic_rounding, state_bits, shadow_dtype)
         super().__init__(
             params, lr, betas, eps, weight_decay, amsgrad, foreach=foreach, maximize=maximize, capturable=capturable,
             fused=fused, decoupled_weight_decay=decoupled_weight_decay,
@@ -341,8 +396,9 @@ class AdamW(_Fused, torch.optim.AdamW):
         master_weights: bool = False,
         stochastic_rounding: bool = False,
         state_bits: int = 32,
+        shadow_dtype: torch.dtype | None = None,
     ) -> None:
-        self._configure(differentiable, max_norm, master_weights, stochastic_rounding, state_bits)
+        self._configure(differentiable, max_norm, master_weights, stochastic_rounding, state_bits, shadow_dtype)
         super().__init__(
             params, lr, betas, eps, weight_decay, amsgrad, maximize=maximize, foreach=foreach, capturable=capturable,
             fused=fused,

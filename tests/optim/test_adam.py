@@ -20,7 +20,7 @@ from tests.ops.harness import BACKENDS, GPU, assert_same_bits, each_backend, eac
 
 PAIRS = [(optim.Adam, torch.optim.Adam), (optim.AdamW, torch.optim.AdamW)]
 each_pair = pytest.mark.parametrize(("ours", "theirs"), PAIRS, ids=["Adam", "AdamW"])
-OWN = {"max_norm", "master_weights", "stochastic_rounding", "state_bits"}
+OWN = {"max_norm", "master_weights", "stochastic_rounding", "state_bits", "shadow_dtype"}
 SHAPES = [(3, 5), (), (0,), (70, 130), (9,)]
 
 
