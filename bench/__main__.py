@@ -3,7 +3,7 @@
     python -m bench                          every suite, default and tuned malloc
     python -m bench layer_norm adam          some of them
     python -m bench --malloc tuned           one malloc setting
-    python -m bench --save                   also write bench/results/<device>.json, which README's table is made of
+    python -m bench cpu                      what is promised of a CPU, and whether it holds: bench/cpu/run.py
 
 A suite is refused where the op's tests fail.
 """
@@ -14,8 +14,6 @@ import argparse
 import hashlib
 import importlib
 import json
-import platform
-import re
 import subprocess
 import sys
 from pathlib import Path
@@ -70,19 +68,17 @@ def worker(suites: list[str], malloc: str) -> None:
             print(json.dumps(row), flush=True)
 
 
-def run(suites: list[str], malloc: str) -> tuple[dict, list[dict]]:
+def run(suites: list[str], malloc: str) -> None:
     """The worker in its own process, because a malloc setting cannot be taken back; prints rows as they come."""
     command = [sys.executable, "-m", "bench", "--worker", "--malloc", malloc, *suites]
     process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True)
     assert process.stdout is not None
-    ceilings, rows = {}, []
     for line in process.stdout:
         if not line.startswith("{"):
             print(line, end="")
             continue
         record = json.loads(line)
         if "copy" in record:
-            ceilings = record
             products = ", ".join(f"{d} product {r / 1e9:.0f} GFLOP/s" for d, r in record["product"].items())
             print(f"\nmalloc {malloc}: copy {record['copy'] / 1e9:.1f} GB/s, {products}")
             print(
@@ -90,7 +86,6 @@ def run(suites: list[str], malloc: str) -> tuple[dict, list[dict]]:
                 f"{'vs eager':>8} {'of ceiling':>10}"
             )
             continue
-        rows.append(record)
         eager = record["seconds"].get("eager")
         versus = f"{eager / record['seconds']['fastlm']:.2f}x" if eager else ""
         print(
@@ -100,40 +95,13 @@ def run(suites: list[str], malloc: str) -> tuple[dict, list[dict]]:
         )
     if process.wait():
         raise SystemExit(f"bench: the {malloc} run failed with status {process.returncode}")
-    return ceilings, rows
-
-
-def save(ceilings: dict[str, dict], rows: list[dict]) -> Path:
-    """Replaces the rows that were measured again; the others stay with the commit they were measured at."""
-    import torch
-
-    from fastlm import native
-    from fastlm.info import cpu_model
-
-    isa = native.isa() or "no extension"
-    name = re.sub(r"[^a-z0-9]+", "-", f"{cpu_model()} {torch.get_num_threads()} threads {isa}".lower()).strip("-")
-    path = ROOT / "bench" / "results" / f"{name}.json"
-    git = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True)
-    about = {"torch": torch.__version__, "python": platform.python_version(), "commit": git.stdout.strip()}
-    old = json.loads(path.read_text()) if path.exists() else {"rows": [], "ceilings": {}}
-
-    def key(row: dict) -> tuple:
-        return row["op"], row["shape"], row["dtype"], row["malloc"]
-
-    merged = {key(row): row for row in old["rows"]} | {key(row): {**row, **about} for row in rows}
-    document = {
-        "device": cpu_model(),
-        "threads": torch.get_num_threads(),
-        "isa": isa,
-        "ceilings": old["ceilings"] | ceilings,
-        "rows": [merged[k] for k in sorted(merged)],
-    }
-    path.parent.mkdir(exist_ok=True)
-    path.write_text(json.dumps(document, indent=1) + "\n")
-    return path
 
 
 def main() -> None:
+    if sys.argv[1:2] == ["cpu"]:
+        from bench.cpu.run import main as cpu
+
+        return cpu(sys.argv[2:])
     parser = argparse.ArgumentParser(
         prog="python -m bench", description=__doc__, formatter_class=argparse.RawTextHelpFormatter
     )
@@ -141,7 +109,6 @@ def main() -> None:
     parser.add_argument(
         "--malloc", choices=MALLOC, action="append", help="malloc of both sides (default: each in turn)"
     )
-    parser.add_argument("--save", action="store_true", help="write bench/results/<device>.json")
     parser.add_argument("--worker", action="store_true", help=argparse.SUPPRESS)
     options = parser.parse_args()
     suites = options.suites or SUITES
@@ -152,12 +119,8 @@ def main() -> None:
         return worker(suites, options.malloc[0])
     for suite in suites:
         gate(suite)
-    ceilings, rows = {}, []
     for malloc in options.malloc or MALLOC:
-        ceilings[malloc], some = run(suites, malloc)
-        rows += some
-    if options.save:
-        print(f"\nwrote {save(ceilings, rows).relative_to(ROOT)}")
+        run(suites, malloc)
 
 
 if __name__ == "__main__":

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -27,8 +27,8 @@ def inputs(b: int, h: int, s: int, d: int, dtype: torch.dtype) -> list[Tensor]:
     return [torch.randn(b, s, h, d).to(dtype).transpose(1, 2).requires_grad_() for _ in range(3)]
 
 
-def cases() -> Iterator[Case]:
-    for b, h, s, d in SHAPES:
+def cases(sizes: Sequence[tuple[int, int, int, int]] = tuple(SHAPES)) -> Iterator[Case]:
+    for b, h, s, d in sizes:
         for dtype in DTYPES:
             size, product = b * h * s * d * dtype.itemsize, b * h * s * s * d  # 2 B H S S D, half of it causal
             make = lambda b=b, h=h, s=s, d=d, dtype=dtype: inputs(b, h, s, d, dtype)  # noqa: E731

@@ -1,11 +1,12 @@
 """linear_cross_entropy against the unfused head: time, and the memory each needs beside its inputs.
 
-python -m bench.bench_linear_cross_entropy prints the memory, measured in a process of its own for each row.
+python -m bench.bench_linear_cross_entropy prints the memory, each measured in a process of its own.
 """
 
 from __future__ import annotations
 
-import resource
+import ctypes
+import gc
 import subprocess
 import sys
 from collections.abc import Callable, Iterator, Sequence
@@ -16,7 +17,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from bench.harness import Case, dtype_name, pytest_suite
+from bench.peers import peers
 from fastlm import ops
+
+ROOT = Path(__file__).resolve().parent.parent
 
 SHAPES = [(768, 128, 65), (2048, 768, 50304)]
 DTYPES = [torch.float32, torch.bfloat16]
@@ -60,19 +64,44 @@ VARIANTS = {
     "bfloat16": (torch.bfloat16, lambda f: f),
     "autocast": (torch.float32, autocast),
 }
-FUNCTIONS = {"fastlm": ops.linear_cross_entropy, "eager": eager}
+FUNCTIONS = {"fastlm": ops.linear_cross_entropy, "eager": eager, "compile": eager, **peers("linear_cross_entropy")}
 
 
 def peak(variant: str, provider: str) -> int:
-    """Bytes by which one forward and backward raises the peak of this process, which must be fresh."""
+    """Bytes that a forward and backward holds at once beside inputs and gradients, in this process, a fresh one.
+
+    The second run counts, because the first of a compiled function holds the compiler as well. What the first left
+    behind in the allocator or in fastlm's workspace is given back before, so that it counts too.
+    """
     dtype, wrap = VARIANTS[variant]
-    small, large = inputs(16, 768, 64, dtype), inputs(*SHAPES[-1], dtype)
+    hidden, weight, target = inputs(*SHAPES[-1], dtype)
     function = wrap(FUNCTIONS[provider])
-    function(*small).backward()  # thread pools, code
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    current = int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
-    function(*large).backward()
-    return max(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, before) * 1024 - current
+    if provider == "compile":
+        function = torch.compile(function, fullgraph=True, dynamic=False)
+    for _ in range(2):
+        hidden.grad = weight.grad = None
+        gc.collect()
+        ctypes.CDLL(None).malloc_trim(0)
+        before = resident("VmRSS")
+        Path("/proc/self/clear_refs").write_text("5")  # the peak starts again from here
+        function(hidden, weight, target).backward()
+    return resident("VmHWM") - before - hidden.nbytes - weight.nbytes
+
+
+def resident(field: str) -> int:
+    """Bytes of physical memory of this process: VmRSS now, VmHWM at most."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(1024 * int(line.split()[1]) for line in lines if line.startswith(f"{field}:"))
+
+
+def peaks(variant: str, providers: Sequence[str]) -> dict[str, int]:
+    """peak() of each provider, each in a process of its own, with malloc as it comes."""
+    command = [sys.executable, "-m", "bench.bench_linear_cross_entropy", variant]
+    runs = {p: subprocess.run([*command, p], cwd=ROOT, capture_output=True, text=True) for p in providers}
+    for provider, run in runs.items():
+        if run.returncode:
+            raise RuntimeError(f"memory of {provider}, {variant}: {run.stderr.strip()}")
+    return {provider: int(run.stdout) for provider, run in runs.items()}
 
 
 def main() -> None:
@@ -80,17 +109,11 @@ def main() -> None:
         print(peak(*sys.argv[1:]))
         return
     size = "x".join(map(str, SHAPES[-1]))
-    print(f"memory beside the inputs, gradients included, MB at {size}: fastlm, unfused head, share")
+    print(f"MB at once beside inputs and gradients at {size}, and how many times fastlm's")
     for variant, (dtype, _) in VARIANTS.items():
-        megabytes = []
-        for provider in FUNCTIONS:
-            command = [sys.executable, "-m", "bench.bench_linear_cross_entropy", variant, provider]
-            run = subprocess.run(command, capture_output=True, text=True, check=True)
-            megabytes.append(int(run.stdout) / 1e6)
-        print(
-            f"{variant:>9} ({dtype_name(dtype)} inputs) {megabytes[0]:7.0f} {megabytes[1]:7.0f} "
-            f"{megabytes[0] / megabytes[1]:6.2f}"
-        )
+        found = peaks(variant, [p for p in FUNCTIONS if variant != "autocast" or p in ("fastlm", "eager")])
+        cells = [f"{p} {b / 1e6:.0f} ({b / found['fastlm']:.1f}x)" for p, b in found.items()]
+        print(f"{variant:>9} ({dtype_name(dtype)} inputs) {', '.join(cells)}", flush=True)
 
 
 if __name__ == "__main__":

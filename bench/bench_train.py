@@ -9,6 +9,7 @@ setting is one of the whole process; they take turns step by step, so that a noi
     fastlm       CausalLM, fastlm.optim.AdamW, tuned malloc: what fastlm's trainer does
     plain        PlainGPT, torch.optim.AdamW, malloc as it comes: what a training script does
     plain tuned  the same with tuned malloc
+"plain compiled" and "plain compiled tuned" are the same under torch.compile.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
@@ -29,6 +30,7 @@ from torch import Tensor, nn
 
 ROOT = Path(__file__).resolve().parent.parent
 CONTENDERS = ("fastlm", "plain", "plain tuned")
+COMPILED = ("plain compiled", "plain compiled tuned")
 
 
 def contender(name: str, model: dict[str, Any], precision: str) -> Callable[[Tensor], Tensor]:
@@ -75,12 +77,13 @@ def worker(options: argparse.Namespace) -> None:
     """Runs one step for each line on stdin and answers with its seconds and loss as JSON."""
     import fastlm
 
-    if options.worker != "plain":
+    name = options.worker.removesuffix(" tuned")
+    if name == "fastlm" or name != options.worker:
         fastlm.tune_malloc()
     if options.threads:
         torch.set_num_threads(options.threads)
-    names = ("style", "vocab", "context", "layers", "heads", "width", "dropout")
-    step = contender(options.worker, {name: getattr(options, name) for name in names}, options.precision)
+    fields = ("style", "vocab", "context", "layers", "heads", "width", "dropout")
+    step = contender(name, {field: getattr(options, field) for field in fields}, options.precision)
     generator = torch.Generator().manual_seed(1)
     print(json.dumps({"parameters": step.parameters}), flush=True)  # type: ignore[attr-defined]
     for _ in sys.stdin:
@@ -91,7 +94,9 @@ def worker(options: argparse.Namespace) -> None:
         print(json.dumps({**taken, "loss": loss.item()}), flush=True)
 
 
-def compare(options: argparse.Namespace, vocab: int, precision: str) -> dict:
+def compare(
+    options: argparse.Namespace, vocab: int, precision: str, contenders: Sequence[str] = CONTENDERS
+) -> dict[str, Any]:
     """Median wall and CPU seconds of the contenders' steps, in turns."""
     flags = ["style", "layers", "width", "heads", "context", "batch", "dropout", "threads"]
     command = [sys.executable, "-m", "bench.bench_train", "--vocab", str(vocab), "--precision", precision]
@@ -100,7 +105,7 @@ def compare(options: argparse.Namespace, vocab: int, precision: str) -> dict:
         name: subprocess.Popen(
             [*command, "--worker", name], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, cwd=ROOT
         )
-        for name in CONTENDERS
+        for name in contenders
     }
 
     def answer(name: str) -> dict:
@@ -147,7 +152,7 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=0, help="0: as many as torch takes")
     parser.add_argument("--steps", type=int, default=10, help="timed steps of each")
     parser.add_argument("--warmup", type=int, default=2)
-    parser.add_argument("--worker", choices=CONTENDERS, help=argparse.SUPPRESS)
+    parser.add_argument("--worker", choices=CONTENDERS + COMPILED, help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.worker:
         options.vocab, options.precision = options.vocab[0], options.precision[0]

@@ -168,6 +168,12 @@ def norm_cases(
                 )
 
 
+def afresh(run: Run) -> Run:
+    """Makes anew, untimed, what the run before destroyed: a run that works in place has a method `afresh`."""
+    getattr(run, "afresh", lambda: None)()
+    return run
+
+
 def dtype_name(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
@@ -177,7 +183,7 @@ def agree(case: Case, runs: dict[str, Run]) -> None:
     if case.tolerance is None:
         return
     peer = next(name for name in runs if name not in OWN)
-    for mine, theirs in zip(_tensors(runs["fastlm"]()), _tensors(runs[peer]()), strict=True):
+    for mine, theirs in zip(_tensors(afresh(runs["fastlm"])()), _tensors(afresh(runs[peer])()), strict=True):
         wide = torch.float64 if mine.numel() < 1 << 26 else torch.float32
         mine, theirs = mine.detach().to(wide), theirs.detach().to(wide)
         if mine.shape == theirs.shape and mine.numel() == 0:
@@ -198,7 +204,7 @@ class Clock:
 
     def once(self, run: Run) -> None:
         """Runs to the end; the first run of all is to be here, where later ones are."""
-        run()
+        afresh(run)()
 
     def prepare(self, run: Run) -> Run:
         """What is timed in place of the run: the run, warm."""
@@ -242,6 +248,7 @@ def take_turns(
         for turn in range(most):
             spans = {}
             for name in list(runs) if turn % 2 == 0 else list(reversed(runs)):
+                afresh(runs[name])
                 clock.spoil()
                 spans[name] = clock.span(runs[name])
             clock.settle()

@@ -10,6 +10,7 @@ import importlib.util
 from collections.abc import Callable
 from typing import Any
 
+import torch
 import torch.nn.functional as F
 
 Function = Callable[..., Any]
@@ -23,7 +24,8 @@ def peers(op: str) -> dict[str, Function]:
         if make is not None and importlib.util.find_spec(package):
             found[provider] = _at_first_call(make)
     if op == "linear_cross_entropy" and hasattr(F, "linear_cross_entropy"):
-        found["torch fused"] = F.linear_cross_entropy
+        options = torch.nn.LinearCrossEntropyOptions()  # without them it is the reference implementation
+        found["torch chunked"] = functools.partial(F.linear_cross_entropy, options=options)
     return found
 
 

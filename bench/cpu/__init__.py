@@ -1,0 +1,1 @@
+"""python -m bench cpu: everything that is claimed for a CPU, beside what is promised of it."""
