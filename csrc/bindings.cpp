@@ -5,6 +5,9 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include <optional>
+#include <tuple>
+
 #include "fastlm.h"
 #ifdef FASTLM_CUDA
 #include "cuda/launch.h"
@@ -38,6 +41,33 @@ template <>
 struct Arg<Activation> {
   using type = int32_t;
   static Activation cast(int32_t value) { return static_cast<Activation>(value); }
+};
+template <>
+struct Arg<AttentionOptions> {  // None for what most calls ask: no option at all
+  using Tuple = std::tuple<int64_t, float, std::uintptr_t, int64_t, std::uintptr_t, std::uintptr_t, std::uintptr_t,
+                           std::uintptr_t, bool, std::uintptr_t, std::uintptr_t, int64_t, int64_t, int64_t>;
+  using type = std::optional<Tuple>;
+  static AttentionOptions cast(const type& value) {
+    if (!value) return {int64_t(1) << 40, 0.f, {}, {}, {}, {}, {}, {}, {}, {}, {}, {}, {}, {}};
+    const auto& [left, softcap, alibi, alibi_batch, sinks, dsinks, documents_q, documents_k, wide, cu_q, cu_k,
+                 sequences, longest_q, longest_k] = *value;
+    const auto floats = [](std::uintptr_t p) { return reinterpret_cast<float*>(p); };
+    const auto integers = [](std::uintptr_t p) { return reinterpret_cast<const int32_t*>(p); };
+    return {left,
+            softcap,
+            floats(alibi),
+            alibi_batch,
+            floats(sinks),
+            floats(dsinks),
+            reinterpret_cast<const void*>(documents_q),
+            reinterpret_cast<const void*>(documents_k),
+            wide,
+            integers(cu_q),
+            integers(cu_k),
+            sequences,
+            longest_q,
+            longest_k};
+  }
 };
 
 #ifdef FASTLM_CUDA
@@ -105,6 +135,9 @@ PYBIND11_MODULE(_C, m) {
   m.def("norm_scratch", &norm_scratch);
   m.def("attention_forward_scratch", &attention_forward_scratch);
   m.def("attention_scratch", &attention_scratch);
+  m.def("attention_longest", [](std::uintptr_t cu_seqlens, int64_t sequences, int64_t total) {
+    return attention_longest(reinterpret_cast<const int32_t*>(cu_seqlens), sequences, total);
+  });
   m.def("cross_entropy_room", &cross_entropy_room);
 }
 #endif

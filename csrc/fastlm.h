@@ -25,6 +25,21 @@ constexpr int64_t cross_entropy_block = 2048;
 /// Floats of scratch that cross_entropy_forward needs for each thread: a row, and a number for each of its blocks.
 constexpr int64_t cross_entropy_room(int64_t V) { return (V + V / cross_entropy_block + 1 + 15) / 16 * 16; }
 
+/// What few calls of attention ask for.
+struct AttentionOptions {
+  int64_t left;        // query i sees key j only where j >= i + offset - left
+  float softcap;       // logits become softcap * tanh(logits / softcap); 0 for none
+  const float* alibi;  // [H], alibi_batch apart for each batch: slopes times |i + offset - j| are subtracted; or null
+  int64_t alibi_batch;
+  const float* sinks;                     // [H], one more logit in the denominator; or null
+  float* dsinks;                          // [H], their gradient; null in the forward
+  const void *documents_q, *documents_k;  // [B, S] and [B, T], int64 (wide) or int32: a query sees keys of its number
+  bool wide_documents;
+  const int32_t *cu_seqlens_q,
+      *cu_seqlens_k;                        // [sequences + 1]: B is 1, S and T are all rows of the sequences; or null
+  int64_t sequences, longest_q, longest_k;  // the longest of them
+};
+
 }  // namespace fastlm
 
 namespace fastlm::FASTLM_ISA {
@@ -95,13 +110,14 @@ void rope(DType dtype, const void* q, int64_t q_batch, int64_t q_head, int64_t q
 /// out = softmax(scale * q k^T + mask) v, lse = log of the softmax's denominator; rows that see no key give 0 and -inf.
 /// q: [B, H, S, D], k: [B, Hk, T, D], v: [B, Hk, T, Dv], out: [B, H, S, Dv] of `dtype`, any strides but 1 in the last
 /// dimension. mask: null or [B, H, S, T] with any strides; mask_type: the value of a dtype for a bias that is added, 3
-/// for bool (true: attend), -1 for none. Query i sees key j only where j <= i + diagonal. seed: one number, read where
-/// dropout > 0. lse: [B, H, S] float32 contiguous. scratch: threads * attention_forward_scratch(D, Dv) floats.
+/// for bool (true: attend), -1 for none. Query i sees key j only where j <= i + offset + right; offset is T - S where
+/// bottom_right, else 0. seed: one number, read where dropout > 0. lse: [B, H, S] float32 contiguous. scratch: threads
+/// * attention_forward_scratch(D, Dv) floats.
 void attention_forward(DType dtype, const void* q, Strides q_strides, const void* k, Strides k_strides, const void* v,
                        Strides v_strides, const void* mask, int32_t mask_type, Strides mask_strides,
                        const int64_t* seed, void* out, Strides out_strides, float* lse, float* scratch, int64_t B,
-                       int64_t H, int64_t Hk, int64_t S, int64_t T, int64_t D, int64_t Dv, int64_t diagonal,
-                       float scale, double dropout, int threads);
+                       int64_t H, int64_t Hk, int64_t S, int64_t T, int64_t D, int64_t Dv, bool bottom_right,
+                       int64_t right, AttentionOptions options, float scale, double dropout, int threads);
 
 /// Gradients of out (dout) and lse (dlse, float32 contiguous or null) to dq, dk, dv (dk, dv summed over the query heads
 /// in float32) and, unless null, dbias: float32, with bias_strides over [B, H, S, T] and 0 where the bias is broadcast,
@@ -112,7 +128,8 @@ void attention_backward(DType dtype, const void* q, Strides q_strides, const voi
                         Strides dout_strides, const float* lse, const float* dlse, void* dq, Strides dq_strides,
                         void* dk, Strides dk_strides, void* dv, Strides dv_strides, float* dbias, Strides bias_strides,
                         float* scratch, int64_t B, int64_t H, int64_t Hk, int64_t S, int64_t T, int64_t D, int64_t Dv,
-                        int64_t diagonal, float scale, double dropout, int threads);
+                        bool bottom_right, int64_t right, AttentionOptions options, float scale, double dropout,
+                        int threads);
 
 // --- adam -----------------------------------------------------------------------------------------------------------
 
@@ -201,11 +218,22 @@ constexpr int64_t ATTENTION_TILE = 64;                   // queries and keys of 
 constexpr int64_t ATTENTION_CHUNK = 8 * ATTENTION_TILE;  // queries that share the packing of keys in the forward
 /// Floats of scratch per thread.
 inline int64_t attention_forward_scratch(int64_t D, int64_t Dv) {
-  return (ATTENTION_CHUNK / ATTENTION_TILE + 2) * (D + Dv + 66) * ATTENTION_TILE + 4 * ATTENTION_TILE * ATTENTION_TILE;
+  return (ATTENTION_CHUNK / ATTENTION_TILE + 2) * (D + Dv + 66) * ATTENTION_TILE + 4 * ATTENTION_TILE * ATTENTION_TILE +
+         4 * ATTENTION_TILE;
 }
 inline int64_t attention_backward_scratch(int64_t T, int64_t D, int64_t Dv) {
   const int64_t rows = T + ATTENTION_TILE;
-  return (2 * rows + 5 * ATTENTION_TILE) * (D + Dv + 62) + 8 * ATTENTION_TILE * ATTENTION_TILE + 1024;
+  return (2 * rows + 5 * ATTENTION_TILE) * (D + Dv + 62) + 9 * ATTENTION_TILE * ATTENTION_TILE + 1280;
+}
+/// The longest of packed sequences, as far as they lie within `total` rows.
+inline int64_t attention_longest(const int32_t* cu_seqlens, int64_t sequences, int64_t total) {
+  int64_t longest = 0;
+  for (int64_t n = 0; n < sequences; ++n) {
+    const int64_t first = cu_seqlens[n] > 0 ? cu_seqlens[n] : 0;
+    const int64_t end = cu_seqlens[n + 1] < total ? cu_seqlens[n + 1] : total;
+    if (end - first > longest) longest = end - first;
+  }
+  return longest;
 }
 /// Among how many items the queries of one key head are shared in the backward, whatever the number of threads.
 inline int64_t attention_splits(int64_t B, int64_t H, int64_t Hk, int64_t S) {

@@ -1,4 +1,5 @@
-// What the forward and backward of attention share: the problem, packing of tiles, masks, dropout.
+// What the forward and backward of attention share: the problem, packing of tiles, dropout; attention_logits.h has what
+// becomes of products.
 // Every tile of logits is kept transposed, keys by rows and queries in the lanes of a vector: the maximum, the sum and
 // the correction of a query are then vertical, with no reduction inside a vector.
 #pragma once
@@ -42,13 +43,20 @@ struct Problem {
   int mask_type;  // the value of a DType, 3 for bool (true: attend), -1 for none
   const int64_t* seed;
   int64_t B, H, Hk, S, T, D, Dv;
-  int64_t diagonal;  // query i sees key j where j <= i + diagonal
+  bool bottom_right;
+  int64_t right;
+  AttentionOptions options;
   float scale;
   double dropout;
+  int64_t rows = S, first = 0;  // query i of head h has number (b * H + h) * rows + first + i in lse and for dropout
 
   int64_t group() const { return H / Hk; }
-  /// Keys that queries below `end` see.
-  int64_t keys(int64_t end) const { return max64(0, min64(T, end + diagonal)); }
+  int64_t row(int64_t b, int64_t h, int64_t i) const { return (b * H + h) * rows + first + i; }
+  /// Where query 0 stands among the keys. Query i sees the keys i + offset - left to i + offset + right.
+  int64_t offset() const { return bottom_right ? T - S : 0; }
+  /// Keys [first_key, keys) are all that queries [begin, end) may see; first_key stands at the start of a tile.
+  int64_t first_key(int64_t begin) const { return max64(0, begin + offset() - options.left) / BK * BK; }
+  int64_t keys(int64_t end) const { return max64(0, min64(T, end + offset() + right)); }
 };
 
 template <class T>
@@ -58,6 +66,40 @@ inline const T* at(const void* base, const Strides& s, int64_t b, int64_t h, int
 template <class T>
 inline T* at(void* base, const Strides& s, int64_t b, int64_t h, int64_t row = 0) {
   return static_cast<T*>(base) + b * s[0] + h * s[1] + row * s[2];
+}
+
+// --- packed sequences -----------------------------------------------------------------------------------------------
+
+/// Rows [first, end) of sequence n. The running sums come unchecked from a tensor: nothing outside of [0, total) is
+/// read, whatever they hold.
+struct Extent {
+  int64_t first, end;
+  Extent(const int32_t* cu, int64_t n, int64_t total)
+      : first(max64(0, min64(cu[n], total))), end(max64(first, min64(cu[n + 1], total))) {}
+  int64_t length() const { return end - first; }
+};
+
+/// The problem of sequence n alone: batch 0 of it.
+template <class T>
+inline Problem sequence(const Problem& p, int64_t n) {
+  const Extent queries(p.options.cu_seqlens_q, n, p.S), keys(p.options.cu_seqlens_k, n, p.T);
+  Problem one = p;
+  one.S = queries.length();
+  one.T = min64(keys.length(), p.options.longest_k);
+  one.first = queries.first;
+  one.q = at<T>(p.q, p.qs, 0, 0, queries.first);
+  one.k = at<T>(p.k, p.ks, 0, 0, keys.first);
+  one.v = at<T>(p.v, p.vs, 0, 0, keys.first);
+  return one;
+}
+
+/// Zeros for the rows behind the last sequence.
+template <class T>
+inline void clear_rest(void* x, const Strides& s, const int32_t* cu, int64_t sequences, int64_t heads, int64_t total,
+                       int64_t cols) {
+  for (int64_t h = 0; h < heads; ++h)
+    for (int64_t r = max64(0, cu[sequences]); r < total; ++r)
+      std::memset(static_cast<void*>(at<T>(x, s, 0, h, r)), 0, cols * sizeof(T));
 }
 
 // --- packing --------------------------------------------------------------------------------------------------------
@@ -114,106 +156,6 @@ inline void store_transposed(const float* from, const Vec* factor, int64_t rows,
     }
 }
 
-// --- masks ----------------------------------------------------------------------------------------------------------
-
-inline Vec mask_value(const float* p, int64_t n) { return load_n(p, n); }
-inline Vec mask_value(const bfloat16* p, int64_t n) { return load_n(p, n); }
-inline Vec mask_value(const float16* p, int64_t n) { return load_n(p, n); }
-inline Vec mask_value(const bool* p, int64_t n) {
-  uint8_t lanes[W] = {};
-  std::memcpy(lanes, p, n);
-  Vec x;
-  for (int i = 0; i < W; ++i) x[i] = lanes[i] ? 0.f : -INF;
-  return x;
-}
-
-/// What is added to the logits of one tile: nothing, one value per key (a mask that all queries share), or one per key
-/// and query, transposed as the logits are. -inf removes the key.
-struct MaskTile {
-  float* tile;  // [BK][BQ]; written for the queries rounded up to 32
-  bool used = false, per_key = false, empty = false;
-
-  template <class M>
-  void read(const M* mask, const Strides& s, int64_t queries, int64_t keys) {
-    Vec most = splat(-INF), least = splat(INF);
-    used = true;
-    if (s[2] == 0) {
-      per_key = true;
-      for (int64_t j = 0; j < keys; j += W) {
-        const int64_t n = min64(W, keys - j);
-        Vec x{};
-        if (s[3] == 1) {
-          x = mask_value(mask + j, n);
-        } else {
-          for (int64_t i = 0; i < n; ++i) x[i] = mask_value(mask + (j + i) * s[3], 1)[0];
-        }
-        store(tile + j, x);
-        for (int64_t i = n; i < W; ++i) x[i] = x[0];
-        most = vmax(x, most);
-        least = vmin(x, least);
-      }
-    } else {
-      per_key = false;
-      for (int64_t i = 0; i < min64(BQ, round_up(queries, 32)); i += W)
-        for (int64_t j = 0; j < keys; j += W) {
-          const int64_t n = min64(W, keys - j);
-          Vec x[W];
-          for (int64_t r = 0; r < W; ++r) {  // the rows behind the last repeat it: they must not change the extremes
-            const M* row = mask + min64(i + r, queries - 1) * s[2] + j * s[3];
-            if (s[3] == 1) {
-              x[r] = mask_value(row, n);
-            } else {
-              for (int64_t c = 0; c < W; ++c) x[r][c] = c < n ? mask_value(row + c * s[3], 1)[0] : 0.f;
-            }
-          }
-          transpose(x);
-          for (int64_t c = 0; c < n; ++c) {
-            store(tile + (j + c) * BQ + i, x[c]);
-            most = vmax(x[c], most);
-            least = vmin(x[c], least);
-          }
-        }
-    }
-    empty = max(most) == -INF;
-    used = !(max(most) == 0.f && -max(-least) == 0.f);
-  }
-
-  void read(const Problem& p, int64_t b, int64_t h, int64_t i0, int64_t queries, int64_t j0, int64_t keys) {
-    const auto from = [&](auto kind) {
-      read(at<decltype(kind)>(p.mask, p.ms, b, h, i0) + j0 * p.ms[3], p.ms, queries, keys);
-    };
-    if (p.mask_type == 3) return from(bool{});
-    if (p.mask_type >= 0)
-      with_type(static_cast<DType>(p.mask_type), [&](auto type) { from(typename decltype(type)::type{}); });
-  }
-};
-
-/// Numbers of the lanes of vector n of a tile.
-inline Int lanes(int n) {
-  Int x{};
-  for (int i = 0; i < W; ++i) x[i] = n * W + i;
-  return x;
-}
-
-/// Turns the products of a tile into masked logits, in place: x * scale + bias, -inf where the query may not see the
-/// key, whatever the product is there. `visible`: lane i sees row j of the tile where j <= i + visible.
-inline void mask_logits(float* x, int64_t keys, int vectors, float scale, const MaskTile& mask, int64_t visible) {
-  const bool causal = visible < keys - 1;
-  for (int n = 0; n < vectors; ++n) {
-    const Int last = lanes(n) + static_cast<int32_t>(max64(visible, -2 * BQ));
-    for (int64_t j = 0; j < keys; ++j) {
-      float* const p = x + j * BQ + n * W;
-      Vec t = load(p) * scale;
-      if (mask.used) {
-        const Vec bias = mask.per_key ? splat(mask.tile[j]) : load(mask.tile + j * BQ + n * W);
-        t = bias == splat(-INF) ? bias : t + bias;
-      }
-      if (causal) t = last < splat_int(static_cast<int32_t>(j)) ? splat(-INF) : t;
-      store(p, t);
-    }
-  }
-}
-
 /// e^x for x <= ~80, within about 1 ulp; 0 below -87 (no denormals: they would slow down the products that follow).
 inline Vec exp_logit(Vec x) {
   const Vec t = vmax(splat(-87.f), x);  // NaN passes through
@@ -241,7 +183,7 @@ inline Vec exp_logit(Vec x) {
 
 // --- dropout --------------------------------------------------------------------------------------------------------
 
-/// Key j of query i of head h has row (b * H + h) * S + i and column j in the hash of random.h.
+/// Key j of query i of head h has row Problem::row() and column j in the hash of random.h.
 struct Dropout {
   uint32_t *low, *high;  // [BQ], the two halves of each query's key
   uint32_t threshold = 0;
@@ -257,7 +199,7 @@ struct Dropout {
   void set_rows(const Problem& p, int64_t b, int64_t h, int64_t i0) {
     if (!used) return;
     for (int64_t i = 0; i < BQ; ++i) {
-      const uint64_t key = row_key(*p.seed, (b * p.H + h) * p.S + i0 + i);
+      const uint64_t key = row_key(*p.seed, p.row(b, h, i0 + i));
       low[i] = static_cast<uint32_t>(key);
       high[i] = static_cast<uint32_t>(key >> 32);
     }

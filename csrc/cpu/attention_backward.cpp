@@ -9,6 +9,7 @@
 //              number of threads.
 //   bias       its gradient is a pass of its own, over the bias: every element is summed by one thread in order,
 //              however the bias is broadcast. Two of the five products are made again; only a learned bias pays for it.
+//   sinks      their gradients are a pass of their own over out and dout.
 #include "attention_gradients.h"
 #ifdef __AMX_BF16__
 #include "attention_backward_amx.h"
@@ -42,9 +43,10 @@ struct QueryTile {
   }
 };
 
-/// x: products -> P^T as V's gradient needs it (dropped, scaled up); dx: dO V^T -> dS^T times `out_scale`.
+/// x: products -> P^T as V's gradient needs it (dropped, scaled up); dx: dO V^T -> dS^T times `out_scale` and, unless
+/// null, the softcap's `slope`.
 inline void gradient_tile(float* x, float* dx, int64_t keys, int vectors, float scale, float out_scale,
-                          const Dropout& dropout, int64_t j0, const QueryTile& tile) {
+                          const Dropout& dropout, int64_t j0, const QueryTile& tile, const float* slope) {
   for (int n = 0; n < vectors; ++n) {
     const Vec lse = load(tile.lse + n * W), delta = load(tile.delta + n * W);
     for (int64_t j = 0; j < keys; ++j) {
@@ -56,7 +58,9 @@ inline void gradient_tile(float* x, float* dx, int64_t keys, int vectors, float 
         dp = dropout.apply(dp, n, j0 + j) * dropout.keep_scale;
       }
       store(px, kept);
-      store(pd, p == Vec{} ? Vec{} : p * (dp - delta) * out_scale);  // dp may be NaN where the key is masked
+      Vec ds = p * (dp - delta) * out_scale;
+      if (slope) ds *= load(slope + j * BQ + n * W);
+      store(pd, p == Vec{} ? Vec{} : ds);  // dp may be NaN where the key is masked
     }
   }
 }
@@ -79,7 +83,7 @@ void backward_item(const Problem& p, const Gradients& grad, int64_t b, int64_t h
   float* const x = arena.take(BK * BQ);
   float* const dx = arena.take(BK * BQ);
   float* const dq = arena.take(BQ * Dp);
-  MaskTile mask{arena.take(BK * BQ)};
+  Logits logits(p, arena, true);
   Dropout dropout(p, arena);
   QueryTile tile(p, Dp, Dvp, arena);
   float* const k = arena.take(p.T * Dp);
@@ -94,20 +98,17 @@ void backward_item(const Problem& p, const Gradients& grad, int64_t b, int64_t h
     tile.read<T>(p, grad, b, h, i, rows, Dp, Dvp);
     dropout.set_rows(p, b, h, i);
     std::memset(dq, 0, BQ * Dp * sizeof(float));
-    for (int64_t j0 = 0; j0 < p.keys(i + rows); j0 += BK) {
-      const int64_t keys = min64(BK, p.T - j0), visible = i + p.diagonal - j0;
-      if (p.mask) {
-        mask.read(p, b, h, i, rows, j0, keys);
-        if (mask.empty) continue;
-      }
+    for (int64_t j0 = p.first_key(i); j0 < p.keys(i + rows); j0 += BK) {
+      const int64_t keys = min64(BK, p.T - j0);
+      if (!logits.read(b, h, i, rows, j0, keys)) continue;
       gemm<Lie::by_rows, false>(keys, rows, p.D, k + j0 * Dp, Dp, tile.qt, BQ, x, BQ);
       gemm<Lie::by_rows, false>(keys, rows, p.Dv, v + j0 * Dvp, Dvp, tile.gt, BQ, dx, BQ);
       float scale = p.scale;
-      if (mask.used || visible < keys - 1) {
-        mask_logits(x, keys, vectors, scale, mask, visible);
+      if (!logits.plain) {
+        logits.transform(x, vectors);
         scale = 1.f;
       }
-      gradient_tile(x, dx, keys, vectors, scale, p.scale, dropout, j0, tile);
+      gradient_tile(x, dx, keys, vectors, scale, p.scale, dropout, j0, tile, logits.slope);
       if (finite && tile.finite) {
         gemm<Lie::by_rows, true>(keys, p.Dv, rows, x, BQ, tile.g, Dvp, dv + j0 * Dvp, Dvp);
         gemm<Lie::by_rows, true>(keys, p.D, rows, dx, BQ, tile.q, Dp, dk + j0 * Dp, Dp);
@@ -122,47 +123,97 @@ void backward_item(const Problem& p, const Gradients& grad, int64_t b, int64_t h
   }
 }
 
+/// What one key head of a batch or of a packed sequence works on.
 template <class T>
-void backward(const Problem& p, const Gradients& grad, float* scratch, int threads) {
-  const int64_t Dp = round_up(p.D, 32), Dvp = round_up(p.Dv, 32), heads = p.B * p.Hk;
-  const int64_t Tp = round_up(p.T, BK);  // whole tiles: the products round up
-  const int64_t splits = attention_splits(p.B, p.H, p.Hk, p.S), tiles = p.group() * ceil_div(p.S, BQ);
-  const int64_t share = attention_backward_scratch(p.T, p.D, p.Dv), partial = Tp * (Dp + Dvp);
+struct KeyHead {
+  Problem p;
+  Gradients grad;
+  int64_t b, hk;
+
+  KeyHead(const Problem& all, const Gradients& gradients, int64_t head)
+      : p(all), grad(gradients), b(head / all.Hk), hk(head % all.Hk) {
+    if (!all.options.cu_seqlens_q) return;
+    p = sequence<T>(all, b);
+    grad = sequence<T>(all, gradients, b);
+    b = 0;
+  }
+};
+
+template <class T>
+void backward(const Problem& all, const Gradients& gradients, float* scratch, int threads) {
+  const AttentionOptions& o = all.options;
+  const bool packed = o.cu_seqlens_q;
+  const int64_t batches = packed ? o.sequences : all.B, S = packed ? o.longest_q : all.S;
+  const int64_t T_max = packed ? o.longest_k : all.T;
+  const int64_t Dp = round_up(all.D, 32), Dvp = round_up(all.Dv, 32), heads = batches * all.Hk;
+  const int64_t Tp = round_up(T_max, BK);  // whole tiles: the products round up
+  const int64_t splits = attention_splits(batches, all.H, all.Hk, S);
+  const int64_t share = attention_backward_scratch(T_max, all.D, all.Dv), partial = Tp * (Dp + Dvp);
   float* const partials = scratch + threads * share;
-  const double work = 5. * heads * p.group() * p.S * p.T * (p.D + p.Dv);
+  const double work = 5. * all.B * all.H * all.S * T_max * (all.D + all.Dv);
   const int team = work < 2e6 ? 1 : threads;
   parallel_items(team, heads * splits, [&](int64_t item, int thread) {
-    const int64_t head = item / splits, split = item % splits, b = head / p.Hk, hk = head % p.Hk;
+    const int64_t split = item % splits;
+    const KeyHead<T> head(all, gradients, item / splits);
+    const Problem& p = head.p;
+    const Gradients& grad = head.grad;
     float* const own = scratch + thread * share;
     Arena arena(own);
     float* const dk = splits > 1 ? partials + item * partial : arena.take(Tp * Dp);
     float* const dv = splits > 1 ? dk + Tp * Dp : arena.take(Tp * Dvp);
+    const int64_t tiles = p.group() * ceil_div(p.S, BQ);
     const int64_t first = tiles * split / splits, last = tiles * (split + 1) / splits;
     bool done = false;
 #ifdef __AMX_BF16__
     if constexpr (std::is_same_v<T, bfloat16>)
-      done = backward_item_amx(p, grad, b, hk, first, last, dk, dv, arena.next);
+      done = backward_item_amx(p, grad, head.b, head.hk, first, last, dk, dv, arena.next);
 #endif
-    if (!done) backward_item<T>(p, grad, b, hk, first, last, dk, dv, arena.next);
+    if (!done) backward_item<T>(p, grad, head.b, head.hk, first, last, dk, dv, arena.next);
     if (splits > 1) return;
-    write_rows<T>(dk, Dp, p.T, p.D, grad.dk, grad.dks, b, hk, 0);
-    write_rows<T>(dv, Dvp, p.T, p.Dv, grad.dv, grad.dvs, b, hk, 0);
+    write_rows<T>(dk, Dp, p.T, p.D, grad.dk, grad.dks, head.b, head.hk, 0);
+    write_rows<T>(dv, Dvp, p.T, p.Dv, grad.dv, grad.dvs, head.b, head.hk, 0);
   });
-  if (splits == 1) return;
-  parallel_items(team, heads * ceil_div(p.T, BK), [&](int64_t item, int) {  // add up the shares, in order
-    const int64_t head = item / ceil_div(p.T, BK), j0 = item % ceil_div(p.T, BK) * BK, keys = min64(BK, p.T - j0);
-    float* const total = partials + head * splits * partial;
-    for (int64_t split = 1; split < splits; ++split) {
-      const auto add = [&](int64_t from, int64_t count) {
-        for (int64_t c = from; c < from + count; c += W)
-          store(total + c, load(total + c) + load(total + split * partial + c));
-      };
-      add(j0 * Dp, keys * Dp);
-      add(Tp * Dp + j0 * Dvp, keys * Dvp);
+  if (splits > 1)
+    parallel_items(team, heads * ceil_div(T_max, BK), [&](int64_t item, int) {  // add up the shares, in order
+      const int64_t number = item / ceil_div(T_max, BK), j0 = item % ceil_div(T_max, BK) * BK;
+      const KeyHead<T> head(all, gradients, number);
+      const int64_t keys = min64(BK, head.p.T - j0);
+      if (keys <= 0) return;
+      float* const total = partials + number * splits * partial;
+      for (int64_t split = 1; split < splits; ++split) {
+        const auto add = [&](int64_t from, int64_t count) {
+          for (int64_t c = from; c < from + count; c += W)
+            store(total + c, load(total + c) + load(total + split * partial + c));
+        };
+        add(j0 * Dp, keys * Dp);
+        add(Tp * Dp + j0 * Dvp, keys * Dvp);
+      }
+      const Gradients& grad = head.grad;
+      write_rows<T>(total + j0 * Dp, Dp, keys, all.D, grad.dk, grad.dks, head.b, head.hk, j0);
+      write_rows<T>(total + Tp * Dp + j0 * Dvp, Dvp, keys, all.Dv, grad.dv, grad.dvs, head.b, head.hk, j0);
+    });
+  if (!packed) return;
+  clear_rest<T>(gradients.dq, gradients.dqs, o.cu_seqlens_q, batches, all.H, all.S, all.D);
+  clear_rest<T>(gradients.dk, gradients.dks, o.cu_seqlens_k, batches, all.Hk, all.T, all.D);
+  clear_rest<T>(gradients.dv, gradients.dvs, o.cu_seqlens_k, batches, all.Hk, all.T, all.Dv);
+}
+
+/// dsinks = -sum of e^(sink - lse) delta over the rows of a head, each head by one thread in order.
+template <class T>
+void sink_gradients(const Problem& all, const Gradients& gradients, int threads) {
+  const int64_t batches = all.options.cu_seqlens_q ? all.options.sequences : all.B;
+  parallel_items(all.B * all.H * all.S * all.Dv < 200000 ? 1 : threads, all.H, [&](int64_t h, int) {
+    double total = 0;
+    for (int64_t n = 0; n < batches; ++n) {
+      const KeyHead<T> head(all, gradients, n * all.Hk);
+      float lse[BQ], delta[BQ];
+      for (int64_t i = 0; i < head.p.S; i += BQ) {
+        const int64_t rows = min64(BQ, head.p.S - i);
+        read_statistics<T>(head.p, head.grad, head.b, h, i, rows, lse, delta);
+        for (int64_t r = 0; r < rows; ++r) total -= std::exp(all.options.sinks[h] - lse[r]) * delta[r];
+      }
     }
-    const int64_t b = head / p.Hk, hk = head % p.Hk;
-    write_rows<T>(total + j0 * Dp, Dp, keys, p.D, grad.dk, grad.dks, b, hk, j0);
-    write_rows<T>(total + Tp * Dp + j0 * Dvp, Dvp, keys, p.Dv, grad.dv, grad.dvs, b, hk, j0);
+    all.options.dsinks[h] = static_cast<float>(total);
   });
 }
 
@@ -177,21 +228,20 @@ void bias_item(const Problem& p, const Gradients& grad, int64_t b, int64_t h, in
   float* const dx = arena.take(BK * BQ);
   float* const k = arena.take(BK * Dp);
   float* const v = arena.take(BK * Dvp);
-  MaskTile mask{arena.take(BK * BQ)};
+  Logits logits(p, arena);
   Dropout dropout(p, arena);
   QueryTile tile(p, Dp, Dvp, arena);
   tile.read<T>(p, grad, b, h, i, rows, Dp, Dvp);
   dropout.set_rows(p, b, h, i);
-  for (int64_t j0 = 0; j0 < p.keys(i + rows); j0 += BK) {
-    const int64_t keys = min64(BK, p.T - j0), visible = i + p.diagonal - j0;
-    mask.read(p, b, h, i, rows, j0, keys);
-    if (mask.empty) continue;
+  for (int64_t j0 = p.first_key(i); j0 < p.keys(i + rows); j0 += BK) {
+    const int64_t keys = min64(BK, p.T - j0);
+    if (!logits.read(b, h, i, rows, j0, keys)) continue;
     pack(at<T>(p.k, p.ks, b, hk, j0), p.ks[2], keys, p.D, k, Dp);
     pack(at<T>(p.v, p.vs, b, hk, j0), p.vs[2], keys, p.Dv, v, Dvp);
     gemm<Lie::by_rows, false>(keys, rows, p.D, k, Dp, tile.qt, BQ, x, BQ);
     gemm<Lie::by_rows, false>(keys, rows, p.Dv, v, Dvp, tile.gt, BQ, dx, BQ);
-    mask_logits(x, keys, vectors, p.scale, mask, visible);
-    gradient_tile(x, dx, keys, vectors, 1.f, 1.f, dropout, j0, tile);
+    logits.transform(x, vectors);
+    gradient_tile(x, dx, keys, vectors, 1.f, 1.f, dropout, j0, tile, nullptr);
     float* const to = dbias + j0 * s[3];
     if (s[2] == 0) {  // one value per key (or for all)
       for (int64_t j = 0; j < keys; ++j) {
@@ -213,12 +263,15 @@ void attention_backward(DType dtype, const void* q, Strides qs, const void* k, S
                         Strides os, const void* dout, Strides gs, const float* lse, const float* dlse, void* dq,
                         Strides dqs, void* dk, Strides dks, void* dv, Strides dvs, float* dbias, Strides bs,
                         float* scratch, int64_t B, int64_t H, int64_t Hk, int64_t S, int64_t T, int64_t D, int64_t Dv,
-                        int64_t diagonal, float scale, double dropout, int threads) {
-  const Problem p{q, k, v, mask, qs, ks, vs, ms, mask_type, seed, B, H, Hk, S, T, D, Dv, diagonal, scale, dropout};
+                        bool bottom_right, int64_t right, AttentionOptions options, float scale, double dropout,
+                        int threads) {
+  const Problem p{q, k,  v, mask, qs, ks, vs,           ms,    mask_type, seed,  B,
+                  H, Hk, S, T,    D,  Dv, bottom_right, right, options,   scale, dropout};
   const Gradients grad{out, dout, os, gs, lse, dlse, dq, dk, dv, dqs, dks, dvs};
   with_type(dtype, [&](auto type) {
     using E = typename decltype(type)::type;
     backward<E>(p, grad, scratch, threads);
+    if (options.dsinks) sink_gradients<E>(p, grad, threads);
     if (!dbias) return;
     // One item holds everything that reads the same elements: the dimensions over which the bias is broadcast.
     const int64_t tiles = ceil_div(S, BQ), bb = bs[0] ? B : 1, hh = bs[1] ? H : 1, tt = bs[2] ? tiles : 1;

@@ -15,7 +15,7 @@ constexpr int64_t PAIR = 2;  // tiles of queries at a time
 /// and dS also in pairs of keys. `vectors` is even. Keys up to the next multiple of 32 get 0 in the pairs.
 inline void gradient_tile_amx(const float* x, const float* dx, bfloat16* p_rows, bfloat16* ds_rows, uint32_t* ds_pairs,
                               int64_t keys, int vectors, float scale, const Dropout& dropout, int64_t j0,
-                              const float* lse, const float* delta) {
+                              const float* lse, const float* delta, const float* slope) {
   for (int n = 0; n < vectors; ++n) {
     const Vec l = load(lse + n * W) * LOG2_E, e = load(delta + n * W);
     const auto both = [&](int64_t j, Vec& kept, Vec& ds) {
@@ -27,6 +27,7 @@ inline void gradient_tile_amx(const float* x, const float* dx, bfloat16* p_rows,
         dp = dropout.apply(dp, n, j0 + j) * dropout.keep_scale;
       }
       ds = p * (dp - e);
+      if (slope) ds *= load(slope + j * BQ + n * W);
     };
     const auto put_rows = [&](bfloat16* rows, int64_t j, __m512i pair) {
       bfloat16* const to = rows + j * PAIR * BQ + n * W;
@@ -59,7 +60,7 @@ inline bool backward_item_amx(const Problem& p, const Gradients& grad, int64_t b
   bfloat16* const kt = arena.take<bfloat16>(Dp * Tp);
   float* const x = arena.take(BK * BQ);
   float* const dx = arena.take(BK * BQ);
-  MaskTile mask{arena.take(BK * BQ)};
+  Logits logits(p, arena, true);
   Dropout dropout(p, arena);
   bfloat16* const p_rows = arena.take<bfloat16>(BK * PAIR * BQ);
   bfloat16* const ds_rows = arena.take<bfloat16>(BK * PAIR * BQ);
@@ -103,14 +104,13 @@ inline bool backward_item_amx(const Problem& p, const Gradients& grad, int64_t b
       take(grad.dout, grad.gs, p.Dv, Dvp, gt, g_pairs);
     }
     std::memset(dqt, 0, count * Dp * BQ * sizeof(float));
-    for (int64_t j0 = 0; j0 < p.keys(i1); j0 += BK) {
+    for (int64_t j0 = p.first_key(i0); j0 < p.keys(i1); j0 += BK) {
       const int64_t keys = min64(BK, p.T - j0);
       int64_t begin = count, end = 0;  // the tiles that see a key of this one
       for (int64_t c = 0; c < count; ++c) {
-        const int64_t i = i0 + c * BQ, rows = min64(BQ, i1 - i), visible = i + p.diagonal - j0;
+        const int64_t i = i0 + c * BQ, rows = min64(BQ, i1 - i);
         const int vectors = static_cast<int>(round_up(rows, 32) / W);
-        if (p.mask) mask.read(p, b, h, i, rows, j0, keys);
-        if (visible + rows <= 0 || (p.mask && mask.empty)) {
+        if (!logits.read(b, h, i, rows, j0, keys)) {
           if (begin < count)
             for (int64_t j = 0; j < keys; ++j) {
               std::memset(static_cast<void*>(p_rows + (j * PAIR + c) * BQ), 0, BQ * sizeof(bfloat16));
@@ -123,13 +123,13 @@ inline bool backward_item_amx(const Problem& p, const Gradients& grad, int64_t b
         tile_gemm<false>(keys, vectors * W, Dp, k + j0 * Dp, Dp, qt + c * Dp / 2 * BQ, BQ, x, BQ);
         tile_gemm<false>(keys, vectors * W, Dvp, v + j0 * Dvp, Dvp, gt + c * Dvp / 2 * BQ, BQ, dx, BQ);
         float scale = p.scale * LOG2_E;
-        if (mask.used || visible < keys - 1) {
-          mask_logits(x, keys, vectors, p.scale, mask, visible);
+        if (!logits.plain) {
+          logits.transform(x, vectors);
           scale = LOG2_E;
         }
         dropout.set_rows(p, b, h, i);
         gradient_tile_amx(x, dx, p_rows + c * BQ, ds_rows + c * BQ, ds_pairs, keys, vectors, scale, dropout, j0,
-                          lse + c * BQ, delta + c * BQ);
+                          lse + c * BQ, delta + c * BQ, logits.slope);
         tile_gemm<true>(p.D, vectors * W, keys, kt + j0, Tp, ds_pairs, BQ, dqt + c * Dp * BQ, BQ);
       }
       if (begin >= end) continue;

@@ -23,13 +23,17 @@ inline void softmax_tile(float* x, int64_t keys, int vectors, float scale, const
   for (int n = 0; n < vectors; ++n) {
     float* const column = x + n * W;
     const Vec center = raise_maximum(column_maximum(column, keys, scale), RESCALE, n, run, Dv, exp_logit);
-    Vec total = load(run.total + n * W);
-    for (int64_t j = 0; j < keys; ++j) {
+    Vec total[4] = {};  // the errors of one long sum would be those of the whole row
+    const auto weigh = [&](int64_t j, Vec& sum) {
       const Vec p = exp_logit(load(column + j * BQ) * scale - center);
-      total += p;
+      sum += p;
       store(column + j * BQ, dropout.used ? dropout.apply(p, n, j0 + j) : p);
-    }
-    store(run.total + n * W, total);
+    };
+    int64_t j = 0;
+    for (; j + 4 <= keys; j += 4)
+      for (int u = 0; u < 4; ++u) weigh(j + u, total[u]);
+    for (; j < keys; ++j) weigh(j, total[0]);
+    store(run.total + n * W, load(run.total + n * W) + ((total[0] + total[1]) + (total[2] + total[3])));
   }
 }
 
@@ -62,6 +66,26 @@ inline void few_outputs(const Problem& p, int64_t b, int64_t h, int64_t rows, in
     });
 }
 
+/// Chunks of queries of packed sequences, counted with room: sequence n has those from cu[n] / CHUNK + n on, as many as
+/// its length needs, and the next one's come no sooner. So no table of them is needed.
+inline int64_t packed_chunks(const AttentionOptions& o, int64_t S) {
+  return o.sequences == 0 ? 0 : max64(0, min64(o.cu_seqlens_q[o.sequences], S)) / CHUNK + o.sequences;
+}
+struct PackedChunk {
+  int64_t n = 0, i;  // sequence, and first query of it
+  bool used;
+
+  PackedChunk(const AttentionOptions& o, int64_t S, int64_t number) {
+    const auto start = [&](int64_t s) { return Extent(o.cu_seqlens_q, s, S).first / CHUNK + s; };
+    for (int64_t end = o.sequences; end - n > 1;) {
+      const int64_t middle = (n + end) / 2;
+      (start(middle) <= number ? n : end) = middle;
+    }
+    i = (number - start(n)) * CHUNK;
+    used = i < Extent(o.cu_seqlens_q, n, S).length();
+  }
+};
+
 template <class T>
 void forward_item(const Problem& p, void* out, const Strides& os, float* lse, int64_t b, int64_t h, int64_t i0,
                   float* scratch) {
@@ -72,7 +96,7 @@ void forward_item(const Problem& p, void* out, const Strides& os, float* lse, in
   float* const kt = arena.take(BK * Dp);
   float* const vt = arena.take(BK * Dvp);
   float* const x = arena.take(BK * BQ);
-  MaskTile mask{arena.take(BK * BQ)};
+  Logits logits(p, arena);
   Dropout dropout(p, arena);
   float* qt[CHUNK / BQ];
   Running run[CHUNK / BQ];
@@ -85,16 +109,12 @@ void forward_item(const Problem& p, void* out, const Strides& os, float* lse, in
     transpose_tile(kt, Dp, rows, p.D, qt[c]);
   }
   const int64_t hk = h / p.group();
-  for (int64_t j0 = 0; j0 < p.keys(i1); j0 += BK) {
+  for (int64_t j0 = p.first_key(i0); j0 < p.keys(i1); j0 += BK) {
     const int64_t keys = min64(BK, p.T - j0);
     bool packed = false, finite = true;
     for (int64_t c = 0; c < blocks; ++c) {
-      const int64_t i = i0 + c * BQ, rows = min64(BQ, i1 - i), visible = i + p.diagonal - j0;
-      if (visible + rows <= 0) continue;
-      if (p.mask) {
-        mask.read(p, b, h, i, rows, j0, keys);
-        if (mask.empty) continue;
-      }
+      const int64_t i = i0 + c * BQ, rows = min64(BQ, i1 - i);
+      if (!logits.read(b, h, i, rows, j0, keys)) continue;
       if (!packed && !few) {
         pack(at<T>(p.k, p.ks, b, hk, j0), p.ks[2], keys, p.D, kt, Dp);
         finite = pack(at<T>(p.v, p.vs, b, hk, j0), p.vs[2], keys, p.Dv, vt, Dvp);
@@ -106,8 +126,8 @@ void forward_item(const Problem& p, void* out, const Strides& os, float* lse, in
       else
         gemm<Lie::by_rows, false>(keys, rows, p.D, kt, Dp, qt[c], BQ, x, BQ);
       float scale = p.scale;
-      if (mask.used || visible < keys - 1) {
-        mask_logits(x, keys, vectors, scale, mask, visible);
+      if (!logits.plain) {
+        logits.transform(x, vectors);
         scale = 1.f;
       }
       if (dropout.used) dropout.set_rows(p, b, h, i);
@@ -131,22 +151,39 @@ void forward_item(const Problem& p, void* out, const Strides& os, float* lse, in
 void attention_forward(DType dtype, const void* q, Strides qs, const void* k, Strides ks, const void* v, Strides vs,
                        const void* mask, int32_t mask_type, Strides ms, const int64_t* seed, void* out, Strides os,
                        float* lse, float* scratch, int64_t B, int64_t H, int64_t Hk, int64_t S, int64_t T, int64_t D,
-                       int64_t Dv, int64_t diagonal, float scale, double dropout, int threads) {
-  const Problem p{q, k, v, mask, qs, ks, vs, ms, mask_type, seed, B, H, Hk, S, T, D, Dv, diagonal, scale, dropout};
-  const int64_t chunks = ceil_div(S, CHUNK), share = attention_forward_scratch(D, Dv);
-  const double work = 2. * B * H * S * T * (D + Dv);
+                       int64_t Dv, bool bottom_right, int64_t right, AttentionOptions options, float scale,
+                       double dropout, int threads) {
+  const Problem p{q, k,  v, mask, qs, ks, vs,           ms,    mask_type, seed,  B,
+                  H, Hk, S, T,    D,  Dv, bottom_right, right, options,   scale, dropout};
+  const bool packed = options.cu_seqlens_q;
+  const int64_t share = attention_forward_scratch(D, Dv);
   with_type(dtype, [&](auto type) {
     using E = typename decltype(type)::type;
-    parallel_items(work < 2e6 ? 1 : threads, B * H * chunks, [&](int64_t item, int thread) {
-      const int64_t head = item % (B * H), chunk = chunks - 1 - item / (B * H);
-      const auto run = [&](auto item) {
-        item(p, out, os, lse, head / H, head % H, chunk * CHUNK, scratch + thread * share);
-      };
+    const auto run = [&](const Problem& one, void* to, int64_t b, int64_t h, int64_t i, int thread) {
 #ifdef __AMX_BF16__
-      if constexpr (std::is_same_v<E, bfloat16>) return run(forward_item_amx);
+      if constexpr (std::is_same_v<E, bfloat16>)
+        return forward_item_amx(one, to, os, lse, b, h, i, scratch + thread * share);
 #endif
-      run(forward_item<E>);
+      forward_item<E>(one, to, os, lse, b, h, i, scratch + thread * share);
+    };
+    const double work = 2. * B * H * S * (packed ? options.longest_k : T) * (D + Dv);
+    const int team = work < 2e6 ? 1 : threads;
+    if (!packed) {
+      const int64_t chunks = ceil_div(S, CHUNK);
+      return parallel_items(team, B * H * chunks, [&](int64_t item, int thread) {
+        const int64_t head = item % (B * H), chunk = chunks - 1 - item / (B * H);
+        run(p, out, head / H, head % H, chunk * CHUNK, thread);
+      });
+    }
+    parallel_items(team, H * packed_chunks(options, S), [&](int64_t item, int thread) {
+      const PackedChunk chunk(options, S, item / H);
+      if (!chunk.used) return;
+      const Problem one = sequence<E>(p, chunk.n);
+      run(one, at<E>(out, os, 0, 0, one.first), 0, item % H, chunk.i, thread);
     });
+    clear_rest<E>(out, os, options.cu_seqlens_q, options.sequences, H, S, Dv);
+    for (int64_t h = 0; h < H; ++h)
+      for (int64_t i = max64(0, options.cu_seqlens_q[options.sequences]); i < S; ++i) lse[h * S + i] = -INF;
   });
 }
 

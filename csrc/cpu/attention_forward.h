@@ -1,7 +1,7 @@
 // What the forward items of attention share, whatever they multiply with: the running maximum, sum and output of a
 // tile of queries (the online softmax), and how they end.
 #pragma once
-#include "attention.h"
+#include "attention_logits.h"
 
 namespace fastlm::FASTLM_ISA {
 namespace {
@@ -55,11 +55,18 @@ void finish(const Problem& p, const Running& run, float keep_scale, float unit, 
     const Vec total = load(run.total + n * W);
     factor[n] = total == Vec{} ? Vec{} : keep_scale / total;
   }
-  store_transposed(run.out, factor, rows, p.Dv, at<T>(out, os, b, h, i), os[2]);
   for (int64_t r = 0; r < rows; ++r) {
-    const float total = run.total[r];
-    lse[(b * p.H + h) * p.S + i + r] = total == 0.f ? -INF : run.maximum[r] * unit + std::log(total);
+    const float total = run.total[r], maximum = run.maximum[r] * unit;
+    float& to = lse[p.row(b, h, i + r)];
+    to = total == 0.f ? -INF : maximum + std::log(total);
+    if (!p.options.sinks) continue;
+    const float sink = p.options.sinks[h], highest = sink > to ? sink : to;
+    if (highest == -INF) continue;
+    const float keys = std::exp(to - highest), all = keys + std::exp(sink - highest);
+    factor[r / W][r % W] *= keys / all;
+    to = highest + std::log(all);
   }
+  store_transposed(run.out, factor, rows, p.Dv, at<T>(out, os, b, h, i), os[2]);
 }
 
 }  // namespace

@@ -40,7 +40,7 @@ void forward_item_amx(const Problem& p, void* out, const Strides& os, float* lse
   bfloat16* const vt = arena.take<bfloat16>(Dvp * BK);
   float* const x = arena.take(BK * BQ);
   uint32_t* const pairs = arena.take<uint32_t>(BK / 2 * BQ);
-  MaskTile mask{arena.take(BK * BQ)};
+  Logits logits(p, arena);
   Dropout dropout(p, arena);
   uint32_t* qt[CHUNK / BQ];
   Running run[CHUNK / BQ];
@@ -52,16 +52,12 @@ void forward_item_amx(const Problem& p, void* out, const Strides& os, float* lse
     copy_rows(at<bfloat16>(p.q, p.qs, b, h, i), p.qs[2], rows, padded, p.D, kt, Dp);
     transpose_words(words(kt), Dp / 2, padded, Dp / 2, qt[c], BQ);
   }
-  for (int64_t j0 = 0; j0 < p.keys(i1); j0 += BK) {
+  for (int64_t j0 = p.first_key(i0); j0 < p.keys(i1); j0 += BK) {
     const int64_t keys = min64(BK, p.T - j0), padded = round_up(keys, 32);
     bool packed = false, finite = true;
     for (int64_t c = 0; c < blocks; ++c) {
-      const int64_t i = i0 + c * BQ, rows = min64(BQ, i1 - i), visible = i + p.diagonal - j0;
-      if (visible + rows <= 0) continue;
-      if (p.mask) {
-        mask.read(p, b, h, i, rows, j0, keys);
-        if (mask.empty) continue;
-      }
+      const int64_t i = i0 + c * BQ, rows = min64(BQ, i1 - i);
+      if (!logits.read(b, h, i, rows, j0, keys)) continue;
       if (!packed) {
         copy_rows(at<bfloat16>(p.k, p.ks, b, hk, j0), p.ks[2], keys, padded, p.D, kt, Dp);
         finite = copy_rows(at<bfloat16>(p.v, p.vs, b, hk, j0), p.vs[2], keys, padded, p.Dv, v, Dvp);
@@ -72,8 +68,8 @@ void forward_item_amx(const Problem& p, void* out, const Strides& os, float* lse
       const int vectors = static_cast<int>(ceil_div(rows, W));
       tile_gemm<false>(keys, rows, Dp, kt, Dp, qt[c], BQ, x, BQ);
       float scale = p.scale * LOG2_E;
-      if (mask.used || visible < keys - 1) {
-        mask_logits(x, keys, vectors, p.scale, mask, visible);
+      if (!logits.plain) {
+        logits.transform(x, vectors);
         scale = LOG2_E;
       }
       if (dropout.used) dropout.set_rows(p, b, h, i);

@@ -1,19 +1,21 @@
 """forward() and backward() of attention over the C++ extension.
 
-Of the options that ops.attention calls features the kernel has none; its table says so and keeps them away. A window
-without a left side is a diagonal, as causal is.
+A window without a left side is a diagonal, as causal is. Everything that ops.attention calls a feature goes to the
+kernel as one tuple, None in most calls: see AttentionOptions in csrc/fastlm.h.
 """
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
-from fastlm.native import DTYPES, address, empty, extension, threads
+from fastlm.native import DTYPES, address, empty, extension, threads, vector
 
 F32 = torch.float32
 NONE = (0, 0, 0, 0)
-EVERY_KEY = 1 << 40  # a diagonal no sequence reaches
+EVERY_KEY = 1 << 40  # a distance no sequence reaches
 
 
 def _dense(tensor: Tensor) -> Tensor:
@@ -39,11 +41,54 @@ def _mask(mask: Tensor | None, shape: tuple[int, ...]) -> tuple[Tensor | None, i
     return mask, address("mask", mask, mask.dtype, contiguous=False), code, mask.expand(shape).stride()
 
 
-def _diagonal(causal: int, window_right: int, s: int, t: int) -> int:
-    """The d of "query i sees key j <= i + d"."""
-    if causal == 0:
-        return EVERY_KEY if window_right < 0 else window_right
-    return 0 if causal == 1 else t - s
+def _right(causal: int, window_right: int) -> tuple[bool, int]:
+    """Whether queries are counted from the last key, and how far behind its own a query sees keys."""
+    return causal == 2, 0 if causal else EVERY_KEY if window_right < 0 else window_right
+
+
+class _Options:
+    """The features of a call as the kernel takes them."""
+
+    def __init__(
+        self,
+        q: Tensor,
+        k: Tensor,
+        sinks: Tensor | None,
+        alibi_slopes: Tensor | None,
+        documents_q: Tensor | None,
+        documents_k: Tensor | None,
+        cu_seqlens_q: Tensor | None,
+        cu_seqlens_k: Tensor | None,
+        window_left: int,
+        softcap: float,
+    ) -> None:
+        self.batch, self.s, self.t = q.shape[0], q.shape[2], k.shape[2]
+        """Independent sequences, and the length of the longest of them."""
+        self.used = window_left >= 0 or softcap > 0 or not (
+            sinks is alibi_slopes is documents_q is cu_seqlens_q is None
+        )  # fmt: skip
+        if not self.used:
+            return
+        self._sinks, self._sinks_address = vector("sinks", sinks)
+        alibi_batch = 0 if alibi_slopes is None or alibi_slopes.dim() == 1 else alibi_slopes.shape[1]
+        self._front = (
+            window_left if window_left >= 0 else EVERY_KEY, softcap,
+            address("alibi_slopes", alibi_slopes, F32), alibi_batch, self._sinks_address,
+        )  # fmt: skip
+        cu = address("cu_seqlens_q", cu_seqlens_q, torch.int32), address("cu_seqlens_k", cu_seqlens_k, torch.int32)
+        if cu_seqlens_q is not None:
+            self.batch = cu_seqlens_q.shape[0] - 1
+            self.s = extension().attention_longest(cu[0], self.batch, self.s)
+            self.t = extension().attention_longest(cu[1], self.batch, self.t)
+        self._back = (
+            address("documents_q", documents_q, torch.int32, torch.int64),
+            address("documents_k", documents_k, torch.int32, torch.int64),
+            documents_q is not None and documents_q.dtype is torch.int64,
+            *cu, self.batch, self.s, self.t,
+        )  # fmt: skip
+
+    def given(self, dsinks: Tensor | None = None) -> tuple[Any, ...] | None:
+        return (*self._front, address("dsinks", dsinks, F32), *self._back) if self.used else None
 
 
 def forward(
@@ -69,6 +114,8 @@ def forward(
 ) -> tuple[Tensor, Tensor]:
     dtype, (b, h, s, d), (hk, t, dv) = q.dtype, q.shape, v.shape[1:]
     q, k, v = _dense(q), _dense(k), _dense(v)
+    options = _Options(q, k, sinks, alibi_slopes, documents_q, documents_k, cu_seqlens_q, cu_seqlens_k, window_left,
+                       softcap)  # fmt: skip
     out, lse = _like(q, dv), empty((b, h, s), F32)
     mask, mask_address, mask_type, mask_strides = _mask(mask, (b, h, s, t))
     team = threads()
@@ -82,7 +129,7 @@ def forward(
         address("seed", seed, torch.int64),
         address("out", out, dtype, contiguous=False), out.stride(),
         address("lse", lse, F32), address("scratch", scratch, F32),
-        b, h, hk, s, t, d, dv, _diagonal(causal, window_right, s, t), scale, dropout, team,
+        b, h, hk, s, t, d, dv, *_right(causal, window_right), options.given(), scale, dropout, team,
     )  # fmt: skip
     return out, lse
 
@@ -125,7 +172,11 @@ def backward(
         bias_strides = dbias.expand(b, h, s, t).stride()
     mask, mask_address, mask_type, mask_strides = _mask(mask, (b, h, s, t))
     team = threads()
-    scratch = empty((extension().attention_scratch(b, h, hk, s, t, d, dv, team),), F32)
+    options = _Options(q, k, sinks, alibi_slopes, documents_q, documents_k, cu_seqlens_q, cu_seqlens_k, window_left,
+                       softcap)  # fmt: skip
+    dsinks = None if sinks is None else empty((h,), F32)
+    size = extension().attention_scratch(options.batch, h, hk, options.s, options.t, d, dv, team)
+    scratch = empty((size,), F32)
     extension().attention_backward(
         DTYPES[dtype],
         address("q", q, dtype, contiguous=False), q.stride(),
@@ -141,6 +192,7 @@ def backward(
         address("dv", dvalue, dtype, contiguous=False), dvalue.stride(),
         address("dbias", dbias if needs_bias else None, F32), bias_strides,
         address("scratch", scratch, F32),
-        b, h, hk, s, t, d, dv, _diagonal(causal, window_right, s, t), scale, dropout, team,
+        b, h, hk, s, t, d, dv, *_right(causal, window_right), options.given(dsinks), scale, dropout,
+        team,
     )  # fmt: skip
-    return dq, dk, dvalue, dbias, empty((0,), F32)
+    return dq, dk, dvalue, dbias, empty((0,), F32) if dsinks is None else dsinks

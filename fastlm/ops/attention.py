@@ -15,13 +15,13 @@ from fastlm.ops._check import check_device, check_floating
 from fastlm.ops._library import cast, define, distinct, no_double_backward
 from fastlm.ops._random import check_dropout, draw_seed
 
+_FEATURES = frozenset({"window", "softcap", "alibi_slopes", "sinks", "documents", "cu_seqlens"})
 OP = Op(
     "attention",
     Backend("cpu", "fastlm.native.attention", frozenset({"cpu"}), LOW_PRECISION, limits={"head_dim": 256},
-            missing=native.missing),
+            features=_FEATURES, missing=native.missing),
     Backend("triton", "fastlm.kernels.attention", _platform.DEVICES, LOW_PRECISION, limits={"head_dim": 256},
-            features=frozenset({"window", "softcap", "alibi_slopes", "sinks", "documents", "cu_seqlens"}),
-            missing=_platform.missing),
+            features=_FEATURES, missing=_platform.missing),
     Backend("reference", "fastlm.reference.attention"),
 )  # fmt: skip
 
@@ -353,8 +353,7 @@ def attention(
         dropout: probability in [0, 1) that a weight is dropped; the kept ones are divided by 1 - dropout. Drawn from
             torch's default generator, and the same on every backend.
         return_lse: also return log(sum(exp(logits))), sinks included.
-        backend: "cpu", "triton" or "reference"; None chooses. "cpu" has no window with a left side, softcap,
-            alibi_slopes, sinks or documents.
+        backend: "cpu", "triton" or "reference"; None chooses.
 
     Returns:
         (B, H, S, Dv), dtype of q, in memory as q is: (B, S, H, Dv) contiguous where q is a transposed (B, S, H, D).

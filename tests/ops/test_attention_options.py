@@ -9,7 +9,6 @@ import pytest
 import torch
 from torch import Tensor
 
-import fastlm
 from fastlm import ops
 from fastlm.ops.attention import OP
 from tests.ops.attention_oracle import (
@@ -372,17 +371,6 @@ def test_gradcheck(case: Case) -> None:
         return out, lse.masked_fill(lse == -INF, 0)
 
     assert torch.autograd.gradcheck(run, inputs, fast_mode=True)
-
-
-def test_cpu_says_what_it_lacks_and_the_automatic_choice_says_why() -> None:
-    q, k, v = make(Case(1, 2, 2, 12, 12, 8, 8))
-    options: dict[str, Any] = {"window": (3, 0), "softcap": 1.0, "sinks": torch.zeros(2)}
-    if fastlm.native.missing() is None:
-        with pytest.raises(fastlm.UnsupportedError, match="it has no sinks and no softcap and no window"):
-            ops.attention(q, k, v, backend="cpu", **options)
-        OP._choices.clear()  # a warning comes once
-        with pytest.warns(UserWarning, match="runs on its PyTorch reference: cpu: it has no sinks"):
-            ops.attention(q, k, v, **options)
 
 
 ARGUMENTS = {"q": torch.ones(2, 4, 3, 8), "k": torch.ones(2, 2, 5, 8), "v": torch.ones(2, 2, 5, 6)}
