@@ -7,5 +7,8 @@ from fastlm import nn, ops, optim
 from fastlm._dispatch import UnsupportedError, use_backend
 from fastlm._malloc import tune_malloc
 from fastlm._version import __version__
+from fastlm.native import release_workspace
 
-__all__ = ["UnsupportedError", "__version__", "nn", "ops", "optim", "tune_malloc", "use_backend"]
+__all__ = [
+    "UnsupportedError", "__version__", "nn", "ops", "optim", "release_workspace", "tune_malloc", "use_backend",
+]  # fmt: skip

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import ctypes
+import os
 import sys
 
 _M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4  # malloc.h; Python has no names for them
+_tuned = False
 
 
 def missing() -> str | None:
@@ -22,6 +24,20 @@ def missing() -> str | None:
     if in_use != own:
         return f"another allocator (preloaded or linked) serves malloc in place of glibc {version().decode()}"
     return None
+
+
+def describe() -> str:
+    """Whether malloc is tuned in this process, and why or why not: a line for `fastlm info`."""
+    reason, tunables = missing(), os.environ.get("GLIBC_TUNABLES")
+    if reason is not None:
+        state = f"cannot be tuned: {reason}"
+    elif _tuned:
+        state = "tuned: fastlm.tune_malloc() was called in this process"
+    else:
+        state = (
+            "glibc's, not tuned in this process; fastlm train, demo and generate tune theirs, fastlm.tune_malloc() does"
+        )
+    return f"{state} (GLIBC_TUNABLES={tunables})" if tunables else state
 
 
 def tune_malloc() -> bool:
@@ -54,5 +70,7 @@ def tune_malloc() -> bool:
     """
     if missing() is not None:
         return False
+    global _tuned
     mallopt = ctypes.CDLL("libc.so.6").mallopt
-    return all(mallopt(name, value) == 1 for name, value in ((_M_MMAP_MAX, 0), (_M_TRIM_THRESHOLD, -1)))
+    _tuned = all(mallopt(name, value) == 1 for name, value in ((_M_MMAP_MAX, 0), (_M_TRIM_THRESHOLD, -1)))
+    return _tuned

@@ -16,7 +16,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from fastlm import UnsupportedError, info
+from fastlm import UnsupportedError, info, tune_malloc
 from fastlm._version import __version__
 
 if TYPE_CHECKING:
@@ -223,6 +223,7 @@ def _generate(arguments: list[str]) -> int:
     options: GenerateOptions = _parse(
         GenerateOptions, None, "generate", "Continues a text with a trained model and prints it as it comes.", arguments
     )
+    tune_malloc()
     model, tokenizer = load_model(options.folder, str(pick_device(options.device)))
     pieces = stream_text(
         model, tokenizer, options.prompt, options.tokens, temperature=options.temperature, top_k=options.top_k,

@@ -18,8 +18,7 @@ from typing import Any
 import torch
 
 import fastlm
-from fastlm import _malloc as glibc
-from fastlm import cuda, native
+from fastlm import _malloc, cuda, native
 from fastlm._dispatch import Op, Request
 from fastlm.cuda import _binaries
 
@@ -47,7 +46,8 @@ def collect() -> dict[str, Any]:
         },
         "gpus": [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())],
         "cuda": {"launchers": cuda.built(), "missing": cuda.missing(), **_binaries.describe()},
-        "malloc": _malloc(),
+        "malloc": _malloc.describe(),
+        "workspace": native.workspace_bytes(),
         "environment": {name: os.environ.get(name) for name in ("FASTLM_BACKEND", "FASTLM_STRICT")},
         "ops": {name: _op(op) for name, op in sorted(Op.registry.items())},
     }
@@ -77,15 +77,6 @@ def cpu_model() -> str:
             if line.lower().startswith("model name"):
                 return line.partition(":")[2].strip()
     return platform.processor() or platform.machine()
-
-
-def _malloc() -> str:
-    reason = glibc.missing()
-    tunables = os.environ.get("GLIBC_TUNABLES")
-    state = (
-        f"cannot be tuned: {reason}" if reason else "glibc's; the trainer tunes it, elsewhere fastlm.tune_malloc() does"
-    )
-    return f"{state} (GLIBC_TUNABLES={tunables})" if tunables else state
 
 
 def _op(op: Op) -> dict[str, Any]:
@@ -124,6 +115,7 @@ def render(info: dict[str, Any]) -> str:
         f"  gpu          {', '.join(info['gpus']) or 'none that PyTorch sees'}",
         *_cuda(info["cuda"]),
         f"  malloc       {info['malloc']}",
+        f"  workspace    {info['workspace'] / 1e6:.1f} MB kept for the scratch of CPU kernels in this process",
     ]
     lines += [f"  {name} = {value}" for name, value in info["environment"].items() if value]
     lines += ["", "ops: the backend chosen for each device and dtype, and why no other"]

@@ -12,6 +12,7 @@ import torch
 
 from fastlm import cuda, native
 from fastlm.kernels import _platform
+from fastlm.native import _workspace
 from tests import emulation
 
 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # without it cuBLAS refuses deterministic products
@@ -61,6 +62,7 @@ def canaries(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
         return made if strides is None else made.as_strided(shape, strides)
 
     monkeypatch.setattr(native, "_allocate", allocate)
+    monkeypatch.setattr(_workspace, "SMALLEST", 1 << 60)  # scratch too: each a new block of just its size
     if not emulation.INSTALLED:  # there AddressSanitizer knows the bounds, and sees reads as well
         monkeypatch.setattr(cuda, "_allocate", allocate_like)
     if _platform.missing() is None:

@@ -121,7 +121,8 @@ def test_objects_of_an_instruction_set_have_no_weak_symbols() -> None:
         pytest.skip("the extension was not built from this folder")
     for path in objects:
         symbols = subprocess.run(["nm", "-C", path], capture_output=True, text=True, check=True).stdout
-        weak = [line for line in symbols.splitlines() if " W " in line]
+        # DW.ref is data that every C++ object has: the address of the exception handler.
+        weak = [line for line in symbols.splitlines() if line[17:18] in {"W", "V", "u"} and "DW.ref" not in line]
         assert not weak, f"{path.name}: {weak[:3]}"
 
 

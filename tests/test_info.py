@@ -87,3 +87,14 @@ def test_cuda_launchers_kernels_and_compiler(monkeypatch: pytest.MonkeyPatch) ->
     monkeypatch.setattr("fastlm.cuda._extension", None)
     text = info.render(info.collect())
     assert "unusable: fastlm._cuda is not built for this Python: no compiler" in text and "launchers  not built" in text
+
+
+def test_malloc_and_workspace() -> None:
+    code = (
+        "import fastlm; from fastlm import info; print(info.collect()['malloc'])\n"
+        "if fastlm.tune_malloc(): print(info.collect()['malloc'])"
+    )
+    lines = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True).stdout.splitlines()
+    assert "not tuned in this process" in lines[0] or "cannot be tuned" in lines[0]
+    assert all(line.startswith("tuned: fastlm.tune_malloc()") for line in lines[1:])
+    assert "kept for the scratch" in info.render(info.collect())

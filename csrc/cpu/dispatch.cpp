@@ -29,6 +29,13 @@ bool amx_available() {
 }
 #endif
 
+#if defined(FASTLM_HAVE_AVX2)
+bool f16c_available() {  // not among the names that every compiler's __builtin_cpu_supports knows
+  unsigned a, b, c, d;
+  return __get_cpuid(1, &a, &b, &c, &d) && (c & (1u << 29));
+}
+#endif
+
 struct Isa {
   const char* name;
   const Kernels* kernels;
@@ -38,11 +45,12 @@ std::vector<Isa> detect() {
   std::vector<Isa> found{{"generic", &kernels_generic}};
 #if defined(FASTLM_HAVE_AVX2)
   __builtin_cpu_init();
-  if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) found.push_back({"avx2", &kernels_avx2});
+  if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && f16c_available())
+    found.push_back({"avx2", &kernels_avx2});
 #endif
 #if defined(FASTLM_HAVE_AVX512)
-  if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl") &&
-      __builtin_cpu_supports("avx512dq"))
+  if (found.size() == 2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+      __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq"))
     found.push_back({"avx512", &kernels_avx512});
 #endif
 #if defined(FASTLM_HAVE_AMX)

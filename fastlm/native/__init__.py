@@ -7,6 +7,7 @@ looks before it gives one; `output` is for what `empty` just allocated.
 from __future__ import annotations
 
 import importlib
+import os
 import platform
 from collections.abc import Sequence
 from types import ModuleType
@@ -15,6 +16,7 @@ from typing import Any
 import torch
 
 from fastlm._walk import rows
+from fastlm.native import _workspace
 
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 ACTIVATIONS = {"silu": 0, "gelu": 1, "gelu_tanh": 2}
@@ -63,7 +65,29 @@ def set_isa(name: str) -> None:
     extension().set_isa(name)
 
 
+_inherited: int | None = None
+
+
+def _forked() -> None:
+    global _inherited
+    _inherited = torch.get_num_threads()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_forked)
+
+
 def threads() -> int:
+    """How many threads a kernel may take, which it is always told: OpenMP's own setting is one of each Python thread.
+
+    A forked child has none of its parent's threads, and OpenMP would wait for them for ever: its first call sets torch
+    to one thread, as a worker of a DataLoader does, unless the child has set torch to another number before.
+    """
+    global _inherited
+    if _inherited is not None:
+        if _inherited == torch.get_num_threads():
+            torch.set_num_threads(1)
+        _inherited = None
     return torch.get_num_threads()
 
 
@@ -121,12 +145,31 @@ def _allocate(shape: Sequence[int], dtype: torch.dtype) -> torch.Tensor:  # repl
 
 
 def empty(shape: Sequence[int], dtype: torch.dtype) -> torch.Tensor:
-    """Every output and scratch of a kernel comes from here, so that the tests can put canaries around it."""
+    """Every output of a kernel comes from here, so that the tests can put canaries around it; scratch: workspace()."""
     return _allocate(shape if isinstance(shape, tuple) else tuple(shape), dtype)
 
 
+def workspace(count: int, dtype: torch.dtype = torch.float32) -> _workspace.Loan:
+    """`with workspace(n) as scratch:` lends so many elements for a call, which must not hand them on."""
+    return _workspace.Loan(count, dtype, _allocate)
+
+
+def workspace_bytes() -> int:
+    """What all threads keep for the scratch of their next calls."""
+    return _workspace.held()
+
+
+def release_workspace() -> None:
+    """Gives back the memory that the CPU kernels keep for the scratch of their next calls.
+
+    They keep at most a sixth of the most memory the process ever had, each Python thread its own, until the thread
+    ends. Needed only where that memory is wanted for something else.
+    """
+    _workspace.release()
+
+
 def output(tensor: torch.Tensor) -> int:
-    """Address of what empty() returned: dtype and strides are known, a tensor mode may still have faked it."""
+    """Address of what empty() or workspace() gave: dtype and strides are known, a tensor mode may have faked it."""
     if type(tensor) is not torch.Tensor:
         raise TypeError(f"a kernel needs real memory to write to, a tensor mode gave {type(tensor).__name__}")
     return tensor.data_ptr()
