@@ -162,12 +162,22 @@ void cross_entropy_forward(DType dtype, const void* logits, int64_t stride, cons
                            float* loss, double* loss_sum, float* stats, int64_t stats_stride, void* dlogits,
                            int64_t dlogits_stride, float* scratch, int64_t M, int64_t V, int threads);
 
-/// dlogits = scale * dy[row] * gradient of the row's loss; may be the logits themselves. dy: float32, dy_stride may be
-/// 0. stats as the forward left them.
+/// The forward over `count` classes of each row from class `first` on, without a gradient: a row is read slice by
+/// slice, first to last, and the last writes loss, *loss_sum += their sum, and stats. logits: [M, count]; weight: all
+/// of [V]; state: [M, 5], kept from call to call.
+void cross_entropy_slice(DType dtype, const void* logits, int64_t stride, const int64_t* target, const float* weight,
+                         int64_t ignore_index, float label_smoothing, float z_loss, float softcap, double* state,
+                         float* loss, double* loss_sum, float* stats, int64_t stats_stride, int64_t M, int64_t first,
+                         int64_t count, int64_t V, int threads);
+
+/// dlogits = scale * dy[row] * gradient of the row's loss, for `count` of the V classes from class `first` on; may be
+/// the logits themselves. dy: float32, dy_stride may be 0. stats as the forward left them. transposed: [count, M], the
+/// same once more for the products that want it so, or null.
 void cross_entropy_backward(DType dtype, const void* logits, int64_t stride, const int64_t* target, const float* weight,
                             int64_t ignore_index, float label_smoothing, float z_loss, float softcap,
                             const float* stats, int64_t stats_stride, const float* dy, int64_t dy_stride, double scale,
-                            void* dlogits, int64_t dlogits_stride, int64_t M, int64_t V, int threads);
+                            void* dlogits, int64_t dlogits_stride, void* transposed, int64_t transposed_stride,
+                            int64_t M, int64_t first, int64_t count, int64_t V, int threads);
 
 }  // namespace fastlm::FASTLM_ISA
 
@@ -190,6 +200,7 @@ namespace fastlm {
   X(attention_backward, amx)       \
   X(cross_entropy_labels, avx512)  \
   X(cross_entropy_forward, avx512) \
+  X(cross_entropy_slice, avx512)   \
   X(cross_entropy_backward, avx512)
 
 /// One pointer per entry point: the kernels of one instruction set.

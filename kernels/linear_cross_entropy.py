@@ -157,14 +157,16 @@ def backward(
     option = options(class_weight, v, ignore_index, label_smoothing, z_loss, softcap)
     total = row_weights(target, option, v, reduction)
     if implementation == "fused":
-        return fused.backward(
+        dhidden, dweight, dbias = fused.backward(
             dy, hidden, weight.to(hidden.dtype), bias, target, option, total, stats, gradient_filter, needs
         )
-    dy = dy.expand(m)
-    with torch.autocast(hidden.device.type, enabled=False):
-        head = _Head(hidden, weight, bias, needs)
-        for rows in head.chunks:
-            logits = head.logits(rows)
-            backward_rows(dy[rows], logits, target[rows], option, total, stats[:, rows], logits)
-            head.add(rows, logits)
-    return head.dhidden, head.dweight, head.dbias
+    else:
+        dy = dy.expand(m)
+        with torch.autocast(hidden.device.type, enabled=False):
+            head = _Head(hidden, weight, bias, needs)
+            for rows in head.chunks:
+                logits = head.logits(rows)
+                backward_rows(dy[rows], logits, target[rows], option, total, stats[:, rows], logits)
+                head.add(rows, logits)
+        dhidden, dweight, dbias = head.dhidden, head.dweight, head.dbias
+    return dhidden, dweight.to(weight.dtype), dbias if bias is None else dbias.to(bias.dtype)

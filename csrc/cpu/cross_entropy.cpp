@@ -102,16 +102,17 @@ float largest(const T* x, int64_t n) {  // NaN is passed over here and met again
 }
 
 struct Row {
-  float top;      // largest z
-  double others;  // sum of exp(z - top) but for the target
-  double spread;  // sum of w * (z - origin), for label smoothing
-  float origin;
+  float top = -INFINITY;  // largest z
+  double others = 0.;     // sum of exp(z - top) but for the target
+  double spread = 0.;     // sum of w * (z - origin), for label smoothing
+  float origin = 0.f;
 };
 
-/// One pass over a row of V logits. Keeps e = exp(z - tops[block]) when KEEP, with 0 at the target.
+/// One pass over V logits of a row, the first of it where `fresh`; row is what was read before them. Keeps
+/// e = exp(z - tops[block]) when KEEP, with 0 at the target.
 template <bool CAP, bool SMOOTH, bool KEEP, class T>
-Row read_row(const T* x, int64_t V, int64_t target, const Cap<CAP>& cap, const float* weight, float* e, float* tops) {
-  Row row{-INFINITY, 0., 0., 0.f};
+Row read_row(const T* x, int64_t V, int64_t target, const Cap<CAP>& cap, const float* weight, float* e, float* tops,
+             Row row = {}, bool fresh = true) {
   const Int index = lanes();
   for (int64_t begin = 0, block = 0; begin < V; begin += BLOCK, ++block) {
     const int64_t n = V - begin < BLOCK ? V - begin : BLOCK;
@@ -123,7 +124,7 @@ Row read_row(const T* x, int64_t V, int64_t target, const Cap<CAP>& cap, const f
       row.top = here;
     }
     const float base = row.top == -INFINITY ? 0.f : row.top;
-    if (begin == 0) row.origin = base;
+    if (fresh && begin == 0) row.origin = base;
     if (KEEP) tops[block] = base;
     Vec total[2] = {}, spread{};
     const auto whole = [&](int64_t i, Vec& sum) {
@@ -212,14 +213,38 @@ struct Coefficients {
   double at_target(double miss, double w) const { return (push - pull) * (1. - miss) - pull * miss - share * w; }
 };
 
-/// How rows are handed out: `rows` at a time, on `threads` threads.
+/// A row's loss, its statistics, and what its gradient is made of.
+struct Conclusion {
+  double base, total, miss, log_sum, lse, loss;
+  Conclusion(const Row& row, double z_target, const Options& o, int64_t V, int64_t target) {
+    base = row.top == -INFINITY ? 0. : double(row.top);
+    const double own = std::exp(z_target - base), w = o.weight ? o.weight[target] : 1.;
+    total = row.others + own;
+    miss = row.others / total;
+    log_sum = own == 1. ? std::log1p(row.others) : std::log(total);
+    lse = double(row.top) + log_sum;
+    loss = w * (1. - o.smoothing) * ((double(row.top) - z_target) + log_sum);
+    if (o.smoothing != 0.f)
+      loss += o.smoothing / double(V) * (o.weights * ((double(row.top) - row.origin) + log_sum) - row.spread);
+    if (o.z_loss != 0.f) loss += double(o.z_loss) * w * lse * lse;
+  }
+  void store(float* losses, float* stats, int64_t stats_stride, int64_t m, float top) const {
+    losses[m] = static_cast<float>(loss);
+    stats[m] = top;
+    stats[stats_stride + m] = static_cast<float>(log_sum);
+    stats[2 * stats_stride + m] = static_cast<float>(miss);
+  }
+};
+
+inline void store_ignored(float* losses, float* stats, int64_t stats_stride, int64_t m) {
+  losses[m] = stats[m] = stats[stats_stride + m] = stats[2 * stats_stride + m] = 0.f;
+}
+
+/// How rows are handed out: `rows` at a time, as many as a small number of logits makes, in multiples of `step`.
 struct Shares {
   int64_t rows, items;
-  int threads;
-  Shares(int64_t M, int64_t V, int wanted) {
-    rows = 1 + 65536 / (V + 1);
+  Shares(int64_t M, int64_t V, int64_t step = 1) : rows(ceil_div(1 + 65536 / (V + 1), step) * step) {
     items = ceil_div(M, rows);
-    threads = wanted;
   }
 };
 
@@ -230,8 +255,8 @@ void forward(const T* logits, int64_t stride, const int64_t* target, int64_t ign
   const Cap<CAP> cap(o.softcap);
   const bool in_place = static_cast<const void*>(dlogits) == static_cast<const void*>(logits);
   const bool past_cache = KEEP && !in_place && M * V * int64_t(sizeof(T)) > STREAM_BYTES;
-  const Shares shares(M, V, threads);
-  parallel_items(shares.threads, shares.items, [&](int64_t item, int thread) {
+  const Shares shares(M, V);
+  parallel_items(threads, shares.items, [&](int64_t item, int thread) {
     float* const room = scratch + thread * cross_entropy_room(V);
     float* const tops = room + V;
     const int64_t last = (item + 1) * shares.rows < M ? (item + 1) * shares.rows : M;
@@ -240,35 +265,23 @@ void forward(const T* logits, int64_t stride, const int64_t* target, int64_t ign
       T* out = KEEP ? dlogits + m * dlogits_stride : nullptr;
       const int64_t t = target[m];
       if (t == ignore_index) {
-        loss[m] = stats[m] = stats[stats_stride + m] = stats[2 * stats_stride + m] = 0.f;
+        store_ignored(loss, stats, stats_stride, m);
         if (KEEP) std::memset(static_cast<void*>(out), 0, V * sizeof(T));
         continue;
       }
       float* e = room;
       if constexpr (std::is_same_v<T, float> && KEEP && !CAP)
         if (!past_cache) e = out;  // the gradient's own memory serves as scratch
-      const float x_target = value_of(x + t), z_target = cap(x_target);
+      const float x_target = value_of(x + t);
       const Row row = read_row<CAP, SMOOTH, KEEP>(x, V, t, cap, o.weight, e, tops);
-      const double base = row.top == -INFINITY ? 0. : double(row.top);
-      const double own = std::exp(double(z_target) - base);
-      const double total = row.others + own, miss = row.others / total;
-      const double log_sum = own == 1. ? std::log1p(row.others) : std::log(total);
-      const double lse = double(row.top) + log_sum;
-      const double w = o.weight ? o.weight[t] : 1.;
-      double value = w * (1. - o.smoothing) * ((double(row.top) - z_target) + log_sum);
-      if (SMOOTH)
-        value += o.smoothing / double(V) * (o.weights * ((double(row.top) - row.origin) + log_sum) - row.spread);
-      if (o.z_loss != 0.f) value += double(o.z_loss) * w * lse * lse;
-      loss[m] = static_cast<float>(value);
-      stats[m] = row.top;
-      stats[stats_stride + m] = static_cast<float>(log_sum);
-      stats[2 * stats_stride + m] = static_cast<float>(miss);
+      const Conclusion end(row, cap(x_target), o, V, t);
+      end.store(loss, stats, stats_stride, m, row.top);
       if constexpr (KEEP) {
-        const Coefficients c(o, V, t, lse, scale);
+        const Coefficients c(o, V, t, end.lse, scale);
         const float share = static_cast<float>(c.share);
         for (int64_t begin = 0, block = 0; begin < V; begin += BLOCK, ++block) {
           const int64_t n = V - begin < BLOCK ? V - begin : BLOCK;
-          const float factor = static_cast<float>(c.push * std::exp(tops[block] - base) / total);
+          const float factor = static_cast<float>(c.push * std::exp(tops[block] - end.base) / end.total);
           const bool own_block = t >= begin && t < begin + n;
           write(out + begin, n, past_cache && !own_block, [&](int64_t i, auto count) {
             Vec d = load(e + begin + i, count) * factor;
@@ -277,7 +290,7 @@ void forward(const T* logits, int64_t stride, const int64_t* target, int64_t ign
             return d;
           });
         }
-        Vec own_gradient = splat(static_cast<float>(c.at_target(miss, w)));
+        Vec own_gradient = splat(static_cast<float>(c.at_target(end.miss, o.weight ? o.weight[t] : 1.)));
         if (CAP) own_gradient *= cap.slope(splat(x_target));
         store_n(out + t, own_gradient, 1);
       }
@@ -286,48 +299,133 @@ void forward(const T* logits, int64_t stride, const int64_t* target, int64_t ign
   });
 }
 
+/// What was read of a row, between two slices of its classes: largest z, others, spread, origin, z of the target.
+struct State {
+  double top, others, spread, origin, z_target;
+};
+
+template <bool CAP, bool SMOOTH, class T>
+void read_slice(const T* logits, int64_t stride, const int64_t* target, int64_t ignore_index, const Options& o,
+                State* states, float* loss, float* stats, int64_t stats_stride, int64_t M, int64_t first, int64_t count,
+                int64_t V, int threads) {
+  const Cap<CAP> cap(o.softcap);
+  const Shares shares(M, count);
+  const float* weight = o.weight ? o.weight + first : nullptr;
+  parallel_items(threads, shares.items, [&](int64_t item, int) {
+    const int64_t last = (item + 1) * shares.rows < M ? (item + 1) * shares.rows : M;
+    for (int64_t m = item * shares.rows; m < last; ++m) {
+      if (target[m] == ignore_index) {
+        store_ignored(loss, stats, stats_stride, m);
+        continue;
+      }
+      const T* x = logits + m * stride;
+      const int64_t t = target[m] - first;
+      State& state = states[m];
+      Row row;
+      if (first) row = {float(state.top), state.others, state.spread, float(state.origin)};
+      row = read_row<CAP, SMOOTH, false>(x, count, t, cap, weight, nullptr, nullptr, row, first == 0);
+      if (t >= 0 && t < count) state.z_target = cap(value_of(x + t));
+      if (first + count == V)
+        Conclusion(row, state.z_target, o, V, target[m]).store(loss, stats, stats_stride, m, row.top);
+      else
+        state = {row.top, row.others, row.spread, row.origin, state.z_target};
+    }
+  });
+}
+
+constexpr int64_t TILE = 32;  // rows and columns transposed at a time: a cache line of a half type
+
+typedef uint16_t Eight __attribute__((vector_size(16)));
+
+/// The transpose of 8 x 8 elements of 2 bytes.
+inline void transpose_8x8(const uint16_t* in, int64_t stride, uint16_t* out, int64_t out_stride) {
+  Eight a[8], b[8];
+  for (int i = 0; i < 8; ++i) std::memcpy(&a[i], in + i * stride, 16);
+  const auto round = [](const Eight* from, Eight* to) {  // three perfect shuffles of the rows make the transpose
+    for (int i = 0; i < 4; ++i) {
+      to[2 * i] = __builtin_shufflevector(from[i], from[i + 4], 0, 8, 1, 9, 2, 10, 3, 11);
+      to[2 * i + 1] = __builtin_shufflevector(from[i], from[i + 4], 4, 12, 5, 13, 6, 14, 7, 15);
+    }
+  };
+  round(a, b);
+  round(b, a);
+  round(a, b);
+  for (int i = 0; i < 8; ++i) std::memcpy(out + i * out_stride, &b[i], 16);
+}
+
+/// out[c, r] = in[r, c] for rows x columns. By way of a tile of whole lines: rows that lie a power of two apart share
+/// their place in the first-level cache, and a line written in pieces would come and go.
+template <class T>
+void transpose(const T* in, int64_t stride, T* out, int64_t out_stride, int64_t rows, int64_t columns) {
+  alignas(64) T tile[TILE * TILE];
+  for (int64_t r = 0; r < rows; r += TILE)
+    for (int64_t c = 0; c < columns; c += TILE) {
+      const int64_t height = rows - r < TILE ? rows - r : TILE, width = columns - c < TILE ? columns - c : TILE;
+      const T* from = in + r * stride + c;
+      T* to = out + c * out_stride + r;
+      if (sizeof(T) == 2 && height == TILE && width == TILE) {
+        for (int i = 0; i < TILE; i += 8)
+          for (int j = 0; j < TILE; j += 8)
+            transpose_8x8(reinterpret_cast<const uint16_t*>(from + i * stride + j), stride,
+                          reinterpret_cast<uint16_t*>(tile + j * TILE + i), TILE);
+        for (int j = 0; j < TILE; ++j)
+          std::memcpy(static_cast<void*>(to + j * out_stride), tile + j * TILE, sizeof(T) * TILE);
+      } else {
+        for (int64_t j = 0; j < width; ++j)
+          for (int64_t i = 0; i < height; ++i) to[j * out_stride + i] = from[i * stride + j];
+      }
+    }
+}
+
 template <bool CAP, bool SMOOTH, class T>
 void backward(const T* logits, int64_t stride, const int64_t* target, int64_t ignore_index, const Options& o,
               const float* stats, int64_t stats_stride, const float* dy, int64_t dy_stride, double scale, T* dlogits,
-              int64_t dlogits_stride, int64_t M, int64_t V, int threads) {
+              int64_t dlogits_stride, T* transposed, int64_t transposed_stride, int64_t M, int64_t first, int64_t count,
+              int64_t V, int threads) {
   const Cap<CAP> cap(o.softcap);
   const bool in_place = static_cast<const void*>(dlogits) == static_cast<const void*>(logits);
-  const bool past_cache = !in_place && M * V * int64_t(sizeof(T)) > STREAM_BYTES;
-  const Shares shares(M, V, threads);
-  parallel_items(shares.threads, shares.items, [&](int64_t item, int) {
-    const int64_t last = (item + 1) * shares.rows < M ? (item + 1) * shares.rows : M;
-    for (int64_t m = item * shares.rows; m < last; ++m) {
+  const bool past_cache = !in_place && M * count * int64_t(sizeof(T)) > STREAM_BYTES;
+  const Shares shares(M, count, transposed ? TILE : 1);
+  const float* weight = o.weight ? o.weight + first : nullptr;
+  parallel_items(threads, shares.items, [&](int64_t item, int) {
+    const int64_t begin = item * shares.rows, last = begin + shares.rows < M ? begin + shares.rows : M;
+    for (int64_t m = begin; m < last; ++m) {
       const T* x = logits + m * stride;
       T* out = dlogits + m * dlogits_stride;
-      const int64_t t = target[m];
-      if (t == ignore_index) {
-        std::memset(static_cast<void*>(out), 0, V * sizeof(T));
+      if (target[m] == ignore_index) {
+        std::memset(static_cast<void*>(out), 0, count * sizeof(T));
         continue;
       }
-      const float top = stats[m], log_sum = stats[stats_stride + m], x_target = value_of(x + t);
-      const double w = o.weight ? o.weight[t] : 1.;
-      const Coefficients c(o, V, t, double(top) + log_sum, scale * dy[m * dy_stride]);
+      const int64_t t = target[m] - first;
+      const bool inside = t >= 0 && t < count;
+      const float top = stats[m], log_sum = stats[stats_stride + m], x_target = inside ? value_of(x + t) : 0.f;
+      const Coefficients c(o, V, target[m], double(top) + log_sum, scale * dy[m * dy_stride]);
       const float push = static_cast<float>(c.push), share = static_cast<float>(c.share);
-      const auto gradient = [&](int64_t i, auto count) {
+      const auto gradient = [&](int64_t i, auto n) {
         if (sizeof(T) == 4 || i % (2 * W) == 0) __builtin_prefetch(x + i + 1024);
-        const Vec logit = load(x + i, count);
+        const Vec logit = load(x + i, n);
         Vec d = exp_negative<T>((cap(logit) - top) - log_sum) * push;
-        if (SMOOTH) d -= o.weight ? load(o.weight + i, count) * share : splat(share);
+        if (SMOOTH) d -= weight ? load(weight + i, n) * share : splat(share);
         if (CAP) d *= cap.slope(logit);
         return d;
       };
-      const int64_t own_begin = t / BLOCK * BLOCK, own_end = own_begin + BLOCK < V ? own_begin + BLOCK : V;
+      const int64_t own_begin = inside ? t / BLOCK * BLOCK : count;
+      const int64_t own_end = own_begin + BLOCK < count ? own_begin + BLOCK : count;
       write(out, own_begin, past_cache, gradient);
-      const auto from = [&](int64_t begin) {
-        return [&gradient, begin](int64_t i, auto count) { return gradient(begin + i, count); };
+      const auto from = [&](int64_t skipped) {
+        return [&gradient, skipped](int64_t i, auto n) { return gradient(skipped + i, n); };
       };
       write(out + own_begin, own_end - own_begin, false, from(own_begin));
-      write(out + own_end, V - own_end, past_cache, from(own_end));
-      Vec own = splat(static_cast<float>(c.at_target(stats[2 * stats_stride + m], w)));
+      write(out + own_end, count - own_end, past_cache, from(own_end));
+      if (!inside) continue;
+      Vec own = splat(static_cast<float>(c.at_target(stats[2 * stats_stride + m], weight ? weight[t] : 1.)));
       if (CAP) own *= cap.slope(splat(x_target));
       store_n(out + t, own, 1);
     }
     if (past_cache) stream_fence();
+    if (transposed)
+      transpose(dlogits + begin * dlogits_stride, dlogits_stride, transposed + begin, transposed_stride, last - begin,
+                count);
   });
 }
 
@@ -385,10 +483,30 @@ void cross_entropy_forward(DType dtype, const void* logits, int64_t stride, cons
   for (int64_t m = 0; m < M; ++m) *loss_sum += loss[m];
 }
 
+void cross_entropy_slice(DType dtype, const void* logits, int64_t stride, const int64_t* target, const float* weight,
+                         int64_t ignore_index, float label_smoothing, float z_loss, float softcap, double* state,
+                         float* loss, double* loss_sum, float* stats, int64_t stats_stride, int64_t M, int64_t first,
+                         int64_t count, int64_t V, int threads) {
+  const Options o = options_of(weight, V, label_smoothing, z_loss, softcap);
+  with_type(dtype, [&](auto type) {
+    using T = typename decltype(type)::type;
+    with_bool(softcap != 0.f, [&](auto capped) {
+      with_bool(label_smoothing != 0.f, [&](auto smooth) {
+        read_slice<capped.value, smooth.value>(static_cast<const T*>(logits), stride, target, ignore_index, o,
+                                               reinterpret_cast<State*>(state), loss, stats, stats_stride, M, first,
+                                               count, V, M * count < 32768 ? 1 : threads);
+      });
+    });
+  });
+  if (first + count == V)
+    for (int64_t m = 0; m < M; ++m) *loss_sum += loss[m];
+}
+
 void cross_entropy_backward(DType dtype, const void* logits, int64_t stride, const int64_t* target, const float* weight,
                             int64_t ignore_index, float label_smoothing, float z_loss, float softcap,
                             const float* stats, int64_t stats_stride, const float* dy, int64_t dy_stride, double scale,
-                            void* dlogits, int64_t dlogits_stride, int64_t M, int64_t V, int threads) {
+                            void* dlogits, int64_t dlogits_stride, void* transposed, int64_t transposed_stride,
+                            int64_t M, int64_t first, int64_t count, int64_t V, int threads) {
   const Options o = options_of(weight, V, label_smoothing, z_loss, softcap);
   with_type(dtype, [&](auto type) {
     using T = typename decltype(type)::type;
@@ -396,7 +514,8 @@ void cross_entropy_backward(DType dtype, const void* logits, int64_t stride, con
       with_bool(label_smoothing != 0.f, [&](auto smooth) {
         backward<capped.value, smooth.value>(static_cast<const T*>(logits), stride, target, ignore_index, o, stats,
                                              stats_stride, dy, dy_stride, scale, static_cast<T*>(dlogits),
-                                             dlogits_stride, M, V, M * V < 32768 ? 1 : threads);
+                                             dlogits_stride, static_cast<T*>(transposed), transposed_stride, M, first,
+                                             count, V, M * count < 32768 ? 1 : threads);
       });
     });
   });

@@ -65,6 +65,32 @@ def forward_rows(
     )  # fmt: skip
 
 
+def read_slice(
+    logits: Tensor,
+    target: Tensor,
+    weight: Tensor | None,
+    ignore_index: int,
+    label_smoothing: float,
+    z_loss: float,
+    softcap: float | None,
+    state: Tensor,
+    loss: Tensor,
+    loss_sum: Tensor,
+    stats: Tensor,
+    first: int,
+    V: int,
+) -> None:
+    """The forward on some classes of every row, from class `first` on, without a gradient: state (M, 5) is float64 and
+    kept from slice to slice; the last one fills loss and stats and adds to loss_sum. weight is all of (V,)."""
+    dtype, (m, count) = logits.dtype, logits.shape
+    extension().cross_entropy_slice(
+        DTYPES[dtype], address("logits", logits, dtype, contiguous=False), logits.stride(0),
+        address("target", target, I64), address("weight", weight, F32), ignore_index, label_smoothing, z_loss,
+        softcap or 0.0, address("state", state, F64), address("loss", loss, F32), address("loss_sum", loss_sum, F64),
+        address("stats", stats, F32, contiguous=False), stats.stride(0), m, first, count, V, threads(),
+    )  # fmt: skip
+
+
 def backward_rows(
     dy: Tensor,
     logits: Tensor,
@@ -77,15 +103,21 @@ def backward_rows(
     scale: float,
     stats: Tensor,
     dlogits: Tensor,
+    transposed: Tensor | None = None,
+    first: int = 0,
+    V: int | None = None,
 ) -> None:
-    """The kernel on rows whose labels were checked; dy is float32, () or (M,) of any stride."""
-    dtype, (m, v) = logits.dtype, logits.shape
+    """The kernel on rows whose labels were checked; dy is float32, () or (M,) of any stride. Of V classes (those there
+    are, unless given) logits and dlogits hold some from class `first` on; transposed gets dlogits once more."""
+    dtype, (m, count) = logits.dtype, logits.shape
     extension().cross_entropy_backward(
         DTYPES[dtype], address("logits", logits, dtype, contiguous=False), logits.stride(0),
         address("target", target, I64), address("weight", weight, F32), ignore_index, label_smoothing, z_loss,
         softcap or 0.0, address("stats", stats, F32, contiguous=False), stats.stride(0),
         address("dy", dy, F32, contiguous=False), dy.stride(0) if dy.dim() else 0, scale,
-        address("dlogits", dlogits, dtype, contiguous=False), dlogits.stride(0), m, v, threads(),
+        address("dlogits", dlogits, dtype, contiguous=False), dlogits.stride(0),
+        address("transposed", transposed, dtype, contiguous=False), 0 if transposed is None else transposed.stride(0),
+        m, first, count, count if V is None else V, threads(),
     )  # fmt: skip
 
 

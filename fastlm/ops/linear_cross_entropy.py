@@ -10,6 +10,7 @@ from torch import Tensor
 from fastlm import native
 from fastlm._dispatch import LOW_PRECISION, Backend, Op
 from fastlm.kernels import _platform
+from fastlm.native.linear_cross_entropy import two_passes
 from fastlm.ops._check import check_choice, check_device, check_floating
 from fastlm.ops._library import define, no_double_backward
 from fastlm.ops.cross_entropy import check_class_weight, check_options, check_target, scale_gradients
@@ -63,8 +64,11 @@ def _fake_forward(
     return loss, stats, *_fake_gradients(hidden, weight, needs)
 
 
-def _fake_backward(dy: Tensor, hidden: Tensor, weight: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor]:
-    return _fake_gradients(hidden, weight, rest[-1])
+def _fake_backward(
+    dy: Tensor, hidden: Tensor, weight: Tensor, bias: Tensor | None, *rest: Any
+) -> tuple[Tensor, Tensor, Tensor]:
+    dhidden, dweight, dbias = _fake_gradients(hidden, weight, rest[-1])
+    return dhidden, dweight.to(weight.dtype), dbias if bias is None else dbias.to(bias.dtype)
 
 
 _INPUTS = (
@@ -88,9 +92,9 @@ _backward = define(
 class _LinearCrossEntropy(torch.autograd.Function):
     """Saves hidden, weight, bias, target, class_weight, stats (3, M); and the gradients where the forward made them.
 
-    The forward makes them for the scalar reductions, chunk by chunk, taking the upstream gradient for 1. Not for
-    float16, whose loss scale must come before the rounding: there, for "none", in a second backward and in the fused
-    form, the backward makes the logits anew.
+    The forward makes them for the scalar reductions, chunk by chunk, taking the upstream gradient for 1, those of
+    weight and bias in float32. Not for float16, whose loss scale must come before the rounding: there, for "none", in a
+    second backward, in the fused form and where the CPU walks the classes, the backward makes the logits anew.
     """
 
     @staticmethod
@@ -114,6 +118,8 @@ class _LinearCrossEntropy(torch.autograd.Function):
         needs = list(ctx.needs_input_grad[:3])
         chunked = implementation == "chunked"
         ahead = any(needs) and chunked and reduction != "none" and hidden.dtype is not torch.float16
+        if backend == "cpu" and two_passes(hidden, weight):
+            ahead = False
         now = needs if ahead else [False, False, False]
         loss, stats, *gradients = _forward(hidden, weight, bias, target, class_weight, *options, now, backend)
         ctx.options, ctx.needs, ctx.backend, ctx.gradients = options, needs, backend, None
@@ -169,8 +175,9 @@ def linear_cross_entropy(
     """cross_entropy(hidden @ weight.T + bias, target) without ever holding all logits. Exact unless filtered.
 
     "chunked" makes the logits of a chunk of rows at a time, and the gradients in the forward, while they are at hand:
-    three matrix products, at the speed of torch's. The chunk is chosen inside (tens of megabytes on a CPU, up to half a
-    gigabyte on a GPU); the weight's gradient is summed over the chunks in float32.
+    three matrix products, at the speed of torch's. The chunk is chosen inside (at most 150 MB on a CPU, up to half a
+    gigabyte on a GPU); the weight's gradient is summed over the chunks in float32. On a CPU in the half types it makes
+    the logits of a slice of classes at a time, 16 MB, in the forward and again in the backward: four products, no sum.
     "fused" makes the logits a tile at a time, in registers, in the forward and twice more in the backward: five
     products, and no memory beside the gradients, their float32 sums and some numbers a row (cut cross-entropy, Wijmans
     et al. 2024, arXiv:2411.09009, but without its filter unless asked for). Deterministic, too.

@@ -3,6 +3,8 @@ implementation."""
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -52,10 +54,17 @@ def forward(
             return loss, stats, hidden.new_empty(0), stats.new_empty(0), stats.new_empty(0)
         one = loss.new_ones(())
         inputs = (one, hidden, weight, bias, target, *options, implementation, gradient_filter, stats, needs)
-        return loss, stats, *backward(*inputs)
+        return loss, stats, *_gradients(*inputs)
 
 
 def backward(
+    dy: Tensor, hidden: Tensor, weight: Tensor, bias: Tensor | None, *rest: Any
+) -> tuple[Tensor, Tensor, Tensor]:
+    dhidden, dweight, dbias = _gradients(dy, hidden, weight, bias, *rest)
+    return dhidden, dweight.to(weight.dtype), dbias if bias is None else dbias.to(bias.dtype)
+
+
+def _gradients(
     dy: Tensor,
     hidden: Tensor,
     weight: Tensor,

@@ -44,9 +44,10 @@ one_kernel = pytest.mark.parametrize("backend", ["reference", *KERNELS[-1:]])
 
 @pytest.fixture
 def small_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
-    """16 rows at a time, and slices of the weight's gradient."""
+    """16 rows at a time; 64 classes of the half types on the CPU."""
     monkeypatch.setattr(chunked, "CHUNK_ELEMENTS", 1)
-    monkeypatch.setattr(chunked, "SLICE_ELEMENTS", 256)
+    monkeypatch.setattr(chunked, "SLICE_ELEMENTS", 1)
+    monkeypatch.setattr(chunked, "LEAST_CLASSES", 1)
     if triton is not None:
         monkeypatch.setattr(triton, "CHUNK_BYTES", 1)
         monkeypatch.setattr(triton, "ROW_STEP", 16)
@@ -115,28 +116,52 @@ def test_every_combination_of_options(small_chunks: None, backend: str) -> None:
         compare(backend, [hidden, weight, bias], labels, class_weight, reduction=reduction, **options)
 
 
+@each_backend
+def test_options_over_slices_of_classes(small_chunks: None, backend: str) -> None:
+    """Of the half types on the CPU: a whole slice without a finite logit first, the last one shorter than the rest."""
+    hidden, weight, bias, target = inputs(40, 8, 150, torch.bfloat16)
+    target = target.where(target == -100, target.clamp(min=65))
+    shut = bias.clone()
+    shut[:64] = -float("inf")
+    for reduction in REDUCTIONS:
+        compare(backend, [hidden, weight, shut], target, reduction=reduction)
+    target[0] = 2
+    every = itertools.product(REDUCTIONS, (None, torch.rand(150)), (0.0, 0.1), (0.0, 1e-2), (None, 5.0), (-100, 2))
+    for reduction, class_weight, smoothing, z_loss, softcap, ignored in list(every)[::11]:
+        labels = target if ignored == -100 else target.where(target != -100, 2)
+        options = {"label_smoothing": smoothing, "z_loss": z_loss, "softcap": softcap, "ignore_index": ignored}
+        compare(backend, [hidden, weight, bias], labels, class_weight, reduction=reduction, **options)
+
+
 @pytest.mark.parametrize("backend", KERNELS[-1:])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_weight_gradient_does_not_grow_worse_with_chunks(
     monkeypatch: pytest.MonkeyPatch, backend: str, dtype: torch.dtype
 ) -> None:
-    M = sizes(2048, 512)
-    hidden, weight, _, target = inputs(M, 16, 40, dtype)
+    """Chunks of rows in float32 and on the GPU; on the CPU, slices of classes for the half types."""
+    M, V = sizes(2048, 512), 200
+    walks_classes = triton is None and dtype is not torch.float32
+    hidden, weight, _, target = inputs(M, 16, V, dtype)
     hidden = hidden + 1  # gradients that do not cancel, where rounded sums show
     _, oracle = differentiate(lambda h, w: unfused(h, w, None, target, None), [hidden.double(), weight.double()])
     errors = []
     with on(backend):
         for rows in (M, 16):
-            monkeypatch.setattr(chunked, "CHUNK_ELEMENTS", rows * 40)
-            assert len(list(chunked.chunks(M, 40))) == M // rows
+            monkeypatch.setattr(chunked, "CHUNK_ELEMENTS", rows * V)
+            monkeypatch.setattr(chunked, "LEAST_CLASSES", V if rows == M else 1)
+            monkeypatch.setattr(chunked, "SLICE_ELEMENTS", 1)
+            assert len(list(chunked.chunks(M, V))) == M // rows
+            assert len(chunked.slices(M, V)) == (1 if rows == M else 4)
+            assert not walks_classes or chunked.two_passes(hidden, weight) == (rows != M)
             if triton is not None:
-                monkeypatch.setattr(triton, "CHUNK_BYTES", rows * 40 * dtype.itemsize)
+                monkeypatch.setattr(triton, "CHUNK_BYTES", rows * V * dtype.itemsize)
                 monkeypatch.setattr(triton, "ROW_STEP", 16)
-                assert len(list(triton.chunks(M, 40, dtype.itemsize))) == M // rows
+                assert len(list(triton.chunks(M, V, dtype.itemsize))) == M // rows
             # A float32 weight, so that its gradient is not rounded once more.
             _, grads = differentiate(lambda h, w: ops.linear_cross_entropy(h, w, target), [hidden, weight.float()])
-            errors.append(float((grads[1] - oracle[1]).abs().max() / oracle[1].abs().max()))
-    assert errors[1] <= 2 * errors[0] + 1e-6, errors
+            errors.append([float((g - o).abs().max() / o.abs().max()) for g, o in zip(grads, oracle, strict=True)])
+    for one, many in zip(*errors, strict=True):
+        assert many <= 2 * one + 1e-6, errors
 
 
 @pytest.mark.parametrize(("M", "V"), [(0, 10), (1, 10), (2048, 50304), (2047, 50257), (5, 1 << 26), (4096, 65)])
@@ -144,6 +169,10 @@ def test_chunks_cover_the_rows(M: int, V: int) -> None:
     parts = list(chunked.chunks(M, V))
     assert [i for part in parts for i in range(part.start, part.stop)] == list(range(M))
     assert all((part.stop - part.start) * V <= max(chunked.CHUNK_ELEMENTS, 16 * V) for part in parts)
+    parts = chunked.slices(M, V)
+    assert parts[0].start == 0 and parts[-1].stop == V
+    assert all(left.stop == right.start for left, right in itertools.pairwise(parts))
+    assert all(0 < (p.stop - p.start) <= max(chunked.LEAST_CLASSES, chunked.SLICE_ELEMENTS // max(M, 1)) for p in parts)
 
 
 class Largest(TorchDispatchMode):
@@ -165,6 +194,8 @@ class Largest(TorchDispatchMode):
 def test_never_holds_all_logits(monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype) -> None:
     M, C, V = 512, 8, 3000
     monkeypatch.setattr(chunked, "CHUNK_ELEMENTS", 64 * V)
+    monkeypatch.setattr(chunked, "SLICE_ELEMENTS", 64 * V)
+    monkeypatch.setattr(chunked, "LEAST_CLASSES", 1)
     hidden, weight, bias, target = inputs(M, C, V, dtype)
     leaves = [t.requires_grad_() for t in (hidden, weight, bias)]
     with Largest() as largest:
@@ -175,7 +206,7 @@ def test_never_holds_all_logits(monkeypatch: pytest.MonkeyPatch, dtype: torch.dt
     with Largest() as largest:
         loss, stats, *_ = chunked.forward(*arguments, [True, True, True])
         chunked.backward(loss, *arguments, stats, [True, True, True])
-    chunk = (64 if dtype is torch.float32 else 96) * V * dtype.itemsize
+    chunk = 64 * V * 4 if dtype is torch.float32 else M * 384 * 2  # 64 rows; 375 classes, in whole 64s
     assert chunk <= largest.bytes <= chunk + 512, largest.bytes  # 512: the canaries
 
 
