@@ -76,6 +76,13 @@ void rms_norm_backward(DType dtype, const void* dy, int64_t dy_stride, const voi
                        double dropout, void* dx, void* dresidual, float* dweight, float* scratch, int64_t M, int64_t N,
                        int threads);
 
+// --- dropout ---------------------------------------------------------------------------------------------------------
+
+/// y = dropout(x) [+ residual], the backward too. x: M rows of N of x_dtype; residual (null for none): M rows of N of
+/// `dtype`; y: [M, N] contiguous of `dtype`. seed: null where nothing is dropped, else as in layer_norm_forward.
+void dropout(DType x_dtype, const void* x, int64_t x_stride, DType dtype, const void* residual, int64_t r_stride,
+             const int64_t* seed, double p, void* y, int64_t M, int64_t N, int threads);
+
 // --- gelu, glu, rope -------------------------------------------------------------------------------------------------
 
 /// y = act(x) for n contiguous elements of `dtype`.
@@ -191,6 +198,7 @@ namespace fastlm {
   X(layer_norm_backward, avx512)   \
   X(rms_norm_forward, avx512)      \
   X(rms_norm_backward, avx512)     \
+  X(dropout, avx512)               \
   X(gelu_forward, avx512)          \
   X(gelu_backward, avx512)         \
   X(glu_forward, avx512)           \

@@ -159,11 +159,12 @@ def backward(
     scale: float,
     dropout: float,
     needs_bias: bool,
+    into: tuple[Tensor, Tensor, Tensor] | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     dtype, (b, h, s, d), (hk, t, dv) = q.dtype, q.shape, v.shape[1:]
     q, k, v, out, dout = _dense(q), _dense(k), _dense(v), _dense(out), _dense(dout)
     dlse = None if dlse is None else dlse.contiguous()
-    dq, dk, dvalue = _like(q, d), _like(k, d), _like(v, dv)
+    dq, dk, dvalue = (_like(q, d), _like(k, d), _like(v, dv)) if into is None else into
     bias_strides: tuple[int, ...] = NONE
     dbias = empty((0,), F32)
     if needs_bias:

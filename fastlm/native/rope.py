@@ -8,7 +8,7 @@ from fastlm.native import DTYPES, address, empty, extension, nothing, output, th
 
 
 def rotate(
-    q: Tensor, k: Tensor | None, cos: Tensor, sin: Tensor, interleaved: bool, inverse: bool
+    q: Tensor, k: Tensor | None, cos: Tensor, sin: Tensor, interleaved: bool, inverse: bool, in_place: bool = False
 ) -> tuple[Tensor, Tensor]:
     b, _, s, d = q.shape
     (c, cos_address), (_s, sin_address) = vector("cos", cos), vector("sin", sin)
@@ -24,7 +24,7 @@ def rotate(
             continue
         x = x if x.stride(3) == 1 else x.contiguous()
         inputs.append(x)
-        out = like(x)
+        out = x if in_place else like(x)
         args += [address(name, x, q.dtype, contiguous=False), *x.stride()[:3]]
         args += [output(out), *out.stride()[:3], x.shape[1]]
         outs.append(out)

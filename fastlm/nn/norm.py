@@ -36,8 +36,15 @@ def add_norm(norm: LayerNorm | RMSNorm, x: Tensor, residual: Tensor, dropout: fl
         (y, h), h in the dtype torch promotes x and residual to.
     """
     if x.dtype is not residual.dtype or dropout == 1.0:
-        h = residual + torch.nn.functional.dropout(x, dropout)
+        h = add_dropped(x, residual, dropout)
         return norm(h), h
     if isinstance(norm, torch.nn.LayerNorm):
         return ops.add_layer_norm(x, residual, norm.weight, norm.bias, norm.eps, dropout=dropout)
     return ops.add_rms_norm(x, residual, norm.weight, norm.eps, dropout=dropout)
+
+
+def add_dropped(x: Tensor, residual: Tensor, dropout: float) -> Tensor:
+    """residual + dropout(x); on the CPU in one pass, because torch's generator there is serial."""
+    if residual.is_cpu and 0.0 < dropout < 1.0:
+        return ops.dropout_add(x, residual.to(torch.promote_types(x.dtype, residual.dtype)), dropout)
+    return residual + torch.nn.functional.dropout(x, dropout)

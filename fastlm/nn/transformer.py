@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+from typing import cast
+
 import torch
 from torch import Tensor
+from torch.nn import Dropout, Linear, Module, Parameter
+from torch.nn.modules.module import _has_any_global_hook
 
+from fastlm.nn._autocast import autocast_dtype, lower
 from fastlm.nn.attention import KVCache, SelfAttention
 from fastlm.nn.mlp import MLP
-from fastlm.nn.norm import LayerNorm, RMSNorm, add_norm
+from fastlm.nn.norm import LayerNorm, RMSNorm, add_dropped, add_norm
+from fastlm.ops.transformer_block import ACTIVATIONS, LINEAR, takes, transformer_block
 
 
 def make_norm(
@@ -28,6 +34,17 @@ def make_norm(
     if kind == "rms":
         return RMSNorm(width, eps, device=device, dtype=dtype)
     raise ValueError(f"norm must be 'layer' or 'rms', got {kind!r}")
+
+
+_KINDS = frozenset({LayerNorm, RMSNorm, SelfAttention, MLP, Linear, Dropout})
+
+
+def _as_made(module: Module) -> bool:
+    """Whether calling the module is calling its class's forward: no subclass (a parametrization makes one), no hook."""
+    return type(module) in _KINDS and not (
+        module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
+        or "forward" in module.__dict__
+    )  # fmt: skip
 
 
 class TransformerBlock(torch.nn.Module):
@@ -69,6 +86,56 @@ class TransformerBlock(torch.nn.Module):
 
     def forward(self, x: Tensor, rope: tuple[Tensor, Tensor] | None = None, cache: KVCache | None = None) -> Tensor:
         """x (B, S, C) -> (B, S, C); rope and cache as SelfAttention."""
+        if cache is None and takes(x):
+            parameters = self._parameters_of_one_call(x, rope)
+            if parameters is not None:
+                return self._in_one_call(x, parameters, rope)
         branch = self.attention(self.norm1(x), rope, cache)
-        y, x = add_norm(self.norm2, branch, x, self.dropout.p if self.dropout.training else 0.0)  # in one pass
-        return x + self.dropout(self.mlp(y))
+        dropout = self.dropout.p if self.dropout.training else 0.0
+        y, x = add_norm(self.norm2, branch, x, dropout)  # in one pass
+        return add_dropped(self.mlp(y), x, dropout)
+
+    def _in_one_call(self, x: Tensor, parameters: list[Tensor | None], rope: tuple[Tensor, Tensor] | None) -> Tensor:
+        attention, norm = self.attention, self.norm1
+        dtype = autocast_dtype(x.device)
+        lowered = None
+        if dtype is not None and dtype is not parameters[2].dtype:  # type: ignore[union-attr]
+            with torch.no_grad():  # the op makes the gradients of the parameters themselves
+                lowered = [lower(parameters[i], dtype) for i in LINEAR]
+        layer = isinstance(norm, LayerNorm)
+        return transformer_block(
+            x, parameters, rope, heads=attention.heads, kv_heads=attention.kv_heads, causal=attention.causal,
+            activation=self.mlp.activation, norm="layer" if layer else "rms", eps=cast(float, norm.eps),
+            attention_dropout=attention.dropout if attention.training else 0.0,
+            dropout=self.dropout.p if self.dropout.training else 0.0, lowered=lowered,
+        )  # fmt: skip
+
+    def _parameters_of_one_call(self, x: Tensor, rope: tuple[Tensor, Tensor] | None) -> list[Tensor | None] | None:
+        """The block's parameters as ops.transformer_block takes them, or None where it would not do what the layers
+        do: a layer that is another's or that somebody listens to, parameters frozen in part or of several dtypes,
+        options the op has not."""
+        norm1, norm2, attention, mlp = self.norm1, self.norm2, self.attention, self.mlp
+        modules = (norm1, norm2, attention, attention.qkv, attention.out, mlp, mlp.up, mlp.down, self.dropout)
+        if _has_any_global_hook() or not all(map(_as_made, modules)) or type(norm1) is not type(norm2):
+            return None
+        if norm1.eps is None or norm1.eps != norm2.eps:
+            return None
+        if mlp.activation not in ACTIVATIONS or attention.head_width > 256 or not x.numel():
+            return None
+        if rope is not None and 2 * rope[0].shape[-1] != attention.head_width:
+            return None
+        if attention.dropout == 1.0 or self.dropout.p == 1.0:
+            return None
+        biases = (getattr(norm1, "bias", None), getattr(norm2, "bias", None))
+        parameters = [
+            norm1.weight, biases[0], attention.qkv.weight, attention.qkv.bias, attention.out.weight,
+            attention.out.bias, norm2.weight, biases[1], mlp.up.weight, mlp.up.bias, mlp.down.weight, mlp.down.bias,
+        ]  # fmt: skip
+        first, dtype, low = norm1.weight, x.dtype, autocast_dtype(x.device)
+        if first is None or norm2.weight is None or low not in (None, torch.bfloat16):
+            return None
+        trained = first.requires_grad
+        for p in parameters:
+            if p is not None and (type(p) is not Parameter or p.dtype is not dtype or p.requires_grad is not trained):
+                return None
+        return parameters

@@ -4,6 +4,7 @@ from fastlm.ops.adam import adam_step, grad_norm
 from fastlm.ops.attention import attention
 from fastlm.ops.attention_varlen import attention_varlen
 from fastlm.ops.cross_entropy import cross_entropy
+from fastlm.ops.dropout import dropout, dropout_add
 from fastlm.ops.embedding import embedding
 from fastlm.ops.gelu import gelu
 from fastlm.ops.glu import geglu, swiglu
@@ -13,6 +14,7 @@ from fastlm.ops.linear_cross_entropy import linear_cross_entropy
 from fastlm.ops.rms_norm import add_rms_norm, rms_norm
 from fastlm.ops.rope import rope
 from fastlm.ops.softmax import softmax
+from fastlm.ops.transformer_block import transformer_block
 
 __all__ = [
     "adam_step",
@@ -21,6 +23,8 @@ __all__ = [
     "attention",
     "attention_varlen",
     "cross_entropy",
+    "dropout",
+    "dropout_add",
     "embedding",
     "geglu",
     "gelu",
@@ -32,4 +36,5 @@ __all__ = [
     "rope",
     "softmax",
     "swiglu",
+    "transformer_block",
 ]

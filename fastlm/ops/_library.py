@@ -52,7 +52,7 @@ def define(op: Op, function: str, schema: str, fake: Callable[..., Any]) -> Call
     return call
 
 
-_PLAIN = frozenset({torch.Tensor, torch.nn.Parameter, type(None), bool, int, float, str})
+_PLAIN = frozenset({torch.Tensor, torch.nn.Parameter, type(None), bool, int, float, str, torch.dtype})
 
 
 _dispatch_modes = torch._C._len_torch_dispatch_stack
