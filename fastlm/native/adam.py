@@ -17,8 +17,7 @@ _check = partial(address, contiguous=False)
 
 
 class Prepared(Tensors):
-    """The tensors of one call and the table of their addresses. There are no 8-bit states and no shadows here: the last
-    three lists are empty."""
+    """The tensors of one call and the table of their addresses."""
 
     def __init__(self, *lists: Any) -> None:
         super().__init__(_check, *lists)
@@ -45,9 +44,9 @@ def forward(
     scale = 1.0 if grad_scale is None else 1.0 / grad_scale.item()
     prepared.walk.begin()
     extension().adam_step(
-        DTYPES[prepared.dtype], DTYPES[dtype], address_of(prepared.addresses), address_of(addresses), len(kept),
-        float(lr), beta1, beta2, eps, weight_decay, decoupled, -scale if maximize else scale, prepared.stochastic,
-        threads(),
+        DTYPES[prepared.dtype], DTYPES[dtype], DTYPES[prepared.shadow_dtype],
+        address_of(prepared.addresses), address_of(addresses), len(kept), float(lr), beta1, beta2, eps, weight_decay,
+        decoupled, -scale if maximize else scale, prepared.stochastic, threads(),
     )  # fmt: skip
     prepared.walk.end()
 

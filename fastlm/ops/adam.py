@@ -18,7 +18,10 @@ from fastlm.reference.adam import BLOCK
 LOW = (torch.bfloat16, torch.float16)
 OP = Op(
     "adam",
-    Backend("cpu", "fastlm.native.adam", frozenset({"cpu"}), LOW_PRECISION, missing=native.missing),
+    Backend(
+        "cpu", "fastlm.native.adam", frozenset({"cpu"}), LOW_PRECISION,
+        features=frozenset({"state_bits", "shadow_params"}), missing=native.missing,
+    ),
     Backend(
         "triton", "fastlm.kernels.adam", _platform.DEVICES, LOW_PRECISION, features=frozenset({"state_bits"}),
         missing=_platform.missing,
