@@ -4,6 +4,9 @@
 //   memory    forward reads x and writes y, backward reads x and dy and writes dx, once each; outputs larger than the
 //             cache are streamed past it
 //   parallel  equal shares of the elements
+//   cost      instructions, not bandwidth: in AVX-512 a vector of 16 takes 34 forward and 36 backward in float32, 24
+//   and
+//             29 in bfloat16; with clamps in exp, two Newton steps and one vector at a time it took 50 and 60
 //   paper     Hendrycks and Gimpel 2016 (arXiv:1606.08415)
 #include "activation.h"
 #include "fastlm.h"
@@ -16,7 +19,7 @@ namespace {
 template <class T, class F>
 void in_shares(int threads, const T* out, int64_t n, F f) {
   constexpr int64_t LINE = 64;
-  const bool large = stream_ok(out, 1, n, 0);
+  const bool large = stream_ok<T, 2>(out, 1, n, 0);
   parallel_for(threads, ceil_div(n, LINE), ACTIVATION_GRAIN / LINE, [=](int64_t first, int64_t last) {
     with_flag(large, [=](auto streamed) {
       f(streamed, first * LINE, last * LINE < n ? last * LINE : n);
@@ -34,9 +37,8 @@ void gelu_forward(DType dtype, Activation activation, const void* x, void* y, in
     T* out = static_cast<T*>(y);
     with_activation<T>(activation, [=](auto act) {
       in_shares(threads, out, n, [=](auto streamed, int64_t begin, int64_t end) {
-        for_vectors(end - begin, [&](int64_t i, auto w) {
-          put(out + begin + i, act.template at<false>(load(in + begin + i, w)).value, w, streamed);
-        });
+        map_row<1, 1, T>({in + begin}, {out + begin}, end - begin, streamed,
+                         [&](const Vec* x, Vec* y) { y[0] = act.template at<false>(x[0]).value; });
       });
     });
   });
@@ -50,10 +52,8 @@ void gelu_backward(DType dtype, Activation activation, const void* dy, const voi
     T* out = static_cast<T*>(dx);
     with_activation<T>(activation, [=](auto act) {
       in_shares(threads, out, n, [=](auto streamed, int64_t begin, int64_t end) {
-        for_vectors(end - begin, [&](int64_t i, auto w) {
-          const Vec slope = act.template at<true>(load(in + begin + i, w)).slope;
-          put(out + begin + i, load(grad + begin + i, w) * slope, w, streamed);
-        });
+        map_row<2, 1, T>({in + begin, grad + begin}, {out + begin}, end - begin, streamed,
+                         [&](const Vec* x, Vec* y) { y[0] = x[1] * act.template at<true>(x[0]).slope; });
       });
     });
   });

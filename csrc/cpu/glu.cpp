@@ -31,13 +31,12 @@ void glu_forward(DType dtype, Activation activation, const void* gate, int64_t g
   with_type(dtype, [=](auto type) {
     using T = typename decltype(type)::type;
     with_activation<T>(activation, [=](auto act) {
-      with_rows(threads, stream_ok(static_cast<T*>(y), M, N, N), M, N, [=](auto streamed, int64_t m) {
+      with_rows(threads, stream_ok<T, 2>(static_cast<T*>(y), M, N, N), M, N, [=](auto streamed, int64_t m) {
         const T* g = static_cast<const T*>(gate) + m * gate_stride;
         const T* u = static_cast<const T*>(up) + m * up_stride;
         T* out = static_cast<T*>(y) + m * N;
-        for_vectors(N, [&](int64_t i, auto w) {
-          put(out + i, act.template at<false>(load(g + i, w)).value * load(u + i, w), w, streamed);
-        });
+        map_row<2, 1, T>({g, u}, {out}, N, streamed,
+                         [&](const Vec* x, Vec* y) { y[0] = act.template at<false>(x[0]).value * x[1]; });
       });
     });
   });
@@ -49,19 +48,18 @@ void glu_backward(DType dtype, Activation activation, const void* dy, int64_t dy
   with_type(dtype, [=](auto type) {
     using T = typename decltype(type)::type;
     with_activation<T>(activation, [=](auto act) {
-      const bool large =
-          stream_ok(static_cast<T*>(dgate), M, N, out_stride) && stream_ok(static_cast<T*>(dup), M, N, out_stride);
+      const bool large = stream_ok<T, 2>(static_cast<T*>(dgate), M, N, out_stride) &&
+                         stream_ok<T, 2>(static_cast<T*>(dup), M, N, out_stride);
       with_rows(threads, large, M, N, [=](auto streamed, int64_t m) {
         const T* d = static_cast<const T*>(dy) + m * dy_stride;
         const T* g = static_cast<const T*>(gate) + m * gate_stride;
         const T* u = static_cast<const T*>(up) + m * up_stride;
         T* dg = static_cast<T*>(dgate) + m * out_stride;
         T* du = static_cast<T*>(dup) + m * out_stride;
-        for_vectors(N, [&](int64_t i, auto w) {
-          const Activated a = act.template at<true>(load(g + i, w));
-          const Vec grad = load(d + i, w);
-          put(dg + i, grad * load(u + i, w) * a.slope, w, streamed);
-          put(du + i, grad * a.value, w, streamed);
+        map_row<3, 2, T>({g, u, d}, {dg, du}, N, streamed, [&](const Vec* x, Vec* y) {
+          const Activated a = act.template at<true>(x[0]);
+          y[0] = x[2] * x[1] * a.slope;
+          y[1] = x[2] * a.value;
         });
       });
     });

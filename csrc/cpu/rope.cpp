@@ -14,36 +14,6 @@
 namespace fastlm::FASTLM_ISA {
 namespace {
 
-/// Elements 0, 2, 4, ... and 1, 3, 5, ... of the 2 W elements of low and high.
-inline void unzip(Vec low, Vec high, Vec& even, Vec& odd) {
-#if defined(__AVX512F__)
-  const __m512i index = _mm512_setr_epi32(0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30);
-  const __m512i one = _mm512_set1_epi32(1);
-  even = (Vec)_mm512_permutex2var_ps((__m512)low, index, (__m512)high);
-  odd = (Vec)_mm512_permutex2var_ps((__m512)low, _mm512_add_epi32(index, one), (__m512)high);
-#else
-  for (int i = 0; i < W / 2; ++i) {
-    even[i] = low[2 * i], even[i + W / 2] = high[2 * i];
-    odd[i] = low[2 * i + 1], odd[i + W / 2] = high[2 * i + 1];
-  }
-#endif
-}
-
-/// The inverse of unzip.
-inline void zip(Vec even, Vec odd, Vec& low, Vec& high) {
-#if defined(__AVX512F__)
-  const __m512i index = _mm512_setr_epi32(0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23);
-  const __m512i eight = _mm512_set1_epi32(8);
-  low = (Vec)_mm512_permutex2var_ps((__m512)even, index, (__m512)odd);
-  high = (Vec)_mm512_permutex2var_ps((__m512)even, _mm512_add_epi32(index, eight), (__m512)odd);
-#else
-  for (int i = 0; i < W / 2; ++i) {
-    low[2 * i] = even[i], low[2 * i + 1] = odd[i];
-    high[2 * i] = even[i + W / 2], high[2 * i + 1] = odd[i + W / 2];
-  }
-#endif
-}
-
 template <bool INTERLEAVED, class T, class STREAM>
 inline void rotate(const T* x, T* y, const float* cos, const float* sin, float sign, int64_t D, int64_t R,
                    STREAM streamed) {

@@ -5,6 +5,7 @@
 //   Vec, Int, W          W floats, W int32
 //   load, store          from and to float, bfloat16, float16 (round to nearest even); _n for the first n < W elements
 //   stream               store past the cache, for outputs larger than it (needs alignment: see stream_ok)
+//   load_pair, store_pair  two vectors at once, for functions of single elements
 //   + - * /, < > == ?:   the compiler's own; a * b + c contracts to one FMA
 //   vmax, vmin, vabs, vsqrt, sum, max, exp
 #pragma once
@@ -228,6 +229,96 @@ inline void stream(T* p, Vec a, Vec b) {
   std::memcpy(p, lanes, sizeof lanes);
 #endif
 }
+
+/// Elements 0, 2, 4, ... and 1, 3, 5, ... of the 2 W elements of low and high.
+inline void unzip(Vec low, Vec high, Vec& even, Vec& odd) {
+#if defined(__AVX512F__)
+  const __m512i index = _mm512_setr_epi32(0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30);
+  const __m512i one = _mm512_set1_epi32(1);
+  even = (Vec)_mm512_permutex2var_ps((__m512)low, index, (__m512)high);
+  odd = (Vec)_mm512_permutex2var_ps((__m512)low, _mm512_add_epi32(index, one), (__m512)high);
+#elif defined(__AVX2__)
+  const __m256d e = (__m256d)_mm256_shuffle_ps((__m256)low, (__m256)high, 0x88);  // within halves of the register
+  const __m256d o = (__m256d)_mm256_shuffle_ps((__m256)low, (__m256)high, 0xdd);
+  even = (Vec)_mm256_permute4x64_pd(e, 0xd8);
+  odd = (Vec)_mm256_permute4x64_pd(o, 0xd8);
+#else
+  const Vec a = low, b = high;  // even or odd may be one of them
+  for (int i = 0; i < W / 2; ++i) {
+    even[i] = a[2 * i], even[i + W / 2] = b[2 * i];
+    odd[i] = a[2 * i + 1], odd[i + W / 2] = b[2 * i + 1];
+  }
+#endif
+}
+
+/// The inverse of unzip.
+inline void zip(Vec even, Vec odd, Vec& low, Vec& high) {
+#if defined(__AVX512F__)
+  const __m512i index = _mm512_setr_epi32(0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23);
+  const __m512i eight = _mm512_set1_epi32(8);
+  low = (Vec)_mm512_permutex2var_ps((__m512)even, index, (__m512)odd);
+  high = (Vec)_mm512_permutex2var_ps((__m512)even, _mm512_add_epi32(index, eight), (__m512)odd);
+#elif defined(__AVX2__)
+  const __m256 first = _mm256_unpacklo_ps((__m256)even, (__m256)odd);
+  const __m256 second = _mm256_unpackhi_ps((__m256)even, (__m256)odd);
+  low = (Vec)_mm256_permute2f128_ps(first, second, 0x20);
+  high = (Vec)_mm256_permute2f128_ps(first, second, 0x31);
+#else
+  const Vec a = even, b = odd;
+  for (int i = 0; i < W / 2; ++i) {
+    low[2 * i] = a[i], low[2 * i + 1] = b[i];
+    high[2 * i] = a[i + W / 2], high[2 * i + 1] = b[i + W / 2];
+  }
+#endif
+}
+
+// Two vectors at once, of 2 W consecutive elements: (a, b) are the first and the last W of them, but of bfloat16 those
+// at even and at odd places, which one 64-byte load gives for two instructions, and two more store. For functions of
+// single elements, which do not care.
+template <class T>
+inline void load_pair(const T* p, Vec& a, Vec& b) {
+  a = load(p), b = load(p + W);
+}
+inline void load_pair(const bfloat16* p, Vec& a, Vec& b) {
+  UInt u;
+  std::memcpy(&u, p, sizeof u);
+  a = (Vec)(u << 16), b = (Vec)(u & 0xffff0000);
+}
+/// float32 in the order that load_pair gives T in, and back from it.
+template <class T>
+inline void load_pair_as(const float* p, Vec& a, Vec& b) {
+  load_pair(p, a, b);
+  if constexpr (std::is_same<T, bfloat16>::value) unzip(a, b, a, b);
+}
+template <class T>
+inline void store_pair_as(float* p, Vec a, Vec b) {
+  if constexpr (std::is_same<T, bfloat16>::value) zip(a, b, a, b);
+  store(p, a), store(p + W, b);
+}
+/// bfloat16 to nearest, ties away from zero unless EVEN: good for results that lie on a tie by chance only, so that the
+/// direction is of no consequence. NaN stays NaN unless its low bits are set, as no operation on bfloat16 sets them.
+template <class T, class STREAM, bool EVEN = false>
+inline void store_pair(T* p, Vec a, Vec b, STREAM, std::integral_constant<bool, EVEN> = {}) {
+  if constexpr (std::is_same<T, bfloat16>::value) {
+    const UInt half = UInt{} + (EVEN ? 0x7fff : 0x8000);
+    UInt low = (UInt)a + half, high = (UInt)b + half;
+    if (EVEN) low += ((UInt)a >> 16) & 1, high += ((UInt)b >> 16) & 1;
+    const UInt u = (low >> 16) | (high & 0xffff0000);
+#if defined(__AVX512F__)
+    if (STREAM::value) return _mm512_stream_si512(reinterpret_cast<__m512i*>(p), (__m512i)u);
+#elif defined(__AVX2__)
+    if (STREAM::value) return _mm256_stream_si256(reinterpret_cast<__m256i*>(p), (__m256i)u);
+#endif
+    std::memcpy(static_cast<void*>(p), &u, sizeof u);
+  } else if constexpr (!STREAM::value) {
+    store(p, a), store(p + W, b);
+  } else if constexpr (sizeof(T) == 4) {
+    stream(p, a), stream(p + W, b);
+  } else {
+    stream(p, a, b);
+  }
+}
+
 /// After the last stream(): its stores become visible before what follows.
 inline void stream_fence() {
 #if defined(__AVX2__)
@@ -236,9 +327,9 @@ inline void stream_fence() {
 }
 /// Whether to stream an output of `rows` rows of N elements, `stride` apart: aligned, and too large to stay in the
 /// cache for whoever reads it next.
-template <class T>
+template <class T, int VECTORS = 1>  // that each stream() writes
 inline bool stream_ok(const T* p, int64_t rows, int64_t N, int64_t stride) {
-  constexpr int64_t LARGE = 16 << 20, VECTOR = W * sizeof(T);
+  constexpr int64_t LARGE = 16 << 20, VECTOR = VECTORS * W * sizeof(T);
   return rows * N * int64_t(sizeof(T)) >= LARGE && reinterpret_cast<uintptr_t>(p) % VECTOR == 0 &&
          stride * int64_t(sizeof(T)) % VECTOR == 0;
 }
@@ -268,8 +359,25 @@ inline void with_flag(bool flag, F f) {
 
 // --- arithmetic -----------------------------------------------------------------------------------------------------
 
-inline Vec vmax(Vec a, Vec b) { return a > b ? a : b; }  // b where either is NaN, as maxps
-inline Vec vmin(Vec a, Vec b) { return a < b ? a : b; }
+// b where either is NaN, as maxps. By intrinsics: GCC 12 compares and blends where a is a constant.
+inline Vec vmax(Vec a, Vec b) {
+#if defined(__AVX512F__)
+  return (Vec)_mm512_max_ps((__m512)a, (__m512)b);
+#elif defined(__AVX2__)
+  return (Vec)_mm256_max_ps((__m256)a, (__m256)b);
+#else
+  return a > b ? a : b;
+#endif
+}
+inline Vec vmin(Vec a, Vec b) {
+#if defined(__AVX512F__)
+  return (Vec)_mm512_min_ps((__m512)a, (__m512)b);
+#elif defined(__AVX2__)
+  return (Vec)_mm256_min_ps((__m256)a, (__m256)b);
+#else
+  return a < b ? a : b;
+#endif
+}
 inline Vec vabs(Vec a) { return from_bits(bits(a) & 0x7fffffff); }
 inline Vec vsqrt(Vec a) {
 #if defined(__AVX512F__)
@@ -306,8 +414,7 @@ inline float max(Vec x) {
 /// x = n ln 2 + r with |r| <= ln 2 / 2 (ln 2 in two parts, Cody and Waite), a polynomial in r, times 2^n.
 inline Vec exp(Vec x) {
   const Vec shift = splat(0x1.8p23f);
-  const Vec lowest = splat(-104.f), highest = splat(89.f);
-  const Vec t = x < lowest ? lowest : x > highest ? highest : x;  // NaN passes through
+  const Vec t = vmin(splat(89.f), vmax(splat(-104.f), x));  // NaN passes through
   const Vec n = (t * 1.44269504f + shift) - shift;
   const Vec r = (t - n * 0.693359375f) - n * -2.12194440e-4f;
   Vec p = splat(1.9875691e-4f);
