@@ -51,7 +51,8 @@ def contender(name: str, model: dict[str, Any], precision: str) -> Callable[[Ten
     if name == "fastlm":
         from fastlm.optim import AdamW
 
-        optimizer: torch.optim.Optimizer = AdamW(module.parameters(), **settings, max_norm=1.0)
+        low = torch.bfloat16 if precision == "bf16" else None
+        optimizer: torch.optim.Optimizer = AdamW(module.parameters(), **settings, max_norm=1.0, shadow_dtype=low)
     else:
         plain = PlainGPT(config)
         plain.load_state_dict(module.state_dict())

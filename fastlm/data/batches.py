@@ -39,10 +39,14 @@ class RandomWindows:
         self.tokens, self.context, self.batch, self.seed = tokens, context, batch, seed
         self._steps = np.arange(context + 1)
 
+    def starts(self, number: int) -> np.ndarray:
+        """(B,), where the windows of batch `number` begin."""
+        generator = np.random.Generator(np.random.Philox(key=self.seed, counter=[0, 0, 0, number]))
+        return generator.integers(0, len(self.tokens) - self.context, size=self.batch)
+
     def __getitem__(self, number: int) -> tuple[Tensor, Tensor]:
         """Inputs and targets of batch `number`, each (B, T) int64; targets are the next tokens."""
-        generator = np.random.Generator(np.random.Philox(key=self.seed, counter=[0, 0, 0, number]))
-        starts = generator.integers(0, len(self.tokens) - self.context, size=self.batch)
+        starts = self.starts(number)
         window = torch.from_numpy(self.tokens[starts[:, None] + self._steps].astype(np.int64))
         return window[:, :-1].contiguous(), window[:, 1:].contiguous()
 

@@ -197,7 +197,9 @@ class CausalLM(nn.Module):
         else:
             assert self.rope is not None
             rope = self.rope(S, start, tokens.device)
-        x = self.dropout(x)
+        p = self.dropout.p if self.dropout.training else 0.0
+        # torch's generator on the CPU is serial
+        x = ops.dropout(x, p) if x.is_cpu and 0.0 < p < 1.0 else self.dropout(x)
         for i, block in enumerate(self.blocks):
             x = block(x, rope, caches[i] if caches else None)
         return self.norm(x)

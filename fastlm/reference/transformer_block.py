@@ -65,9 +65,9 @@ class _Attention(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, dout: Tensor, _: Tensor) -> Any:
         q, k, v, seed, out, lse = ctx.saved_tensors
-        tensors: Any = (dout, None, q, k, v, None, seed, *(None,) * 6, out, lse)
+        arguments: Any = (dout, None, q, k, v, None, seed, *(None,) * 6, out, lse, *ctx.options, False)
         with torch.no_grad():
-            dq, dk, dv, _, _ = attention.backward(*tensors, *ctx.options, False)
+            dq, dk, dv, _, _ = attention.backward(*arguments)
         return dq, dk, dv, *(None,) * 5
 
 

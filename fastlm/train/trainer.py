@@ -95,8 +95,9 @@ class Trainer:
             torch.set_num_threads(config.threads)
         self.config, self.data, self.reporter = config, data, reporter or Reporter()
         self.model = model.to(self.device)
-        self.optimizer = make_optimizer(self.model, config)
-        self._autocast = torch.autocast(self.device.type, torch.bfloat16, enabled=is_bf16(config, self.device))
+        low = torch.bfloat16 if is_bf16(config, self.device) else None
+        self.optimizer = make_optimizer(self.model, config, low)
+        self._autocast = torch.autocast(self.device.type, torch.bfloat16, enabled=low is not None)
         self.step = 0
         self.best = math.inf
         self.seconds = 0.0
@@ -429,8 +430,9 @@ def is_bf16(config: TrainConfig, device: torch.device) -> bool:
     return config.precision == "bf16" or (config.precision == "auto" and fast)
 
 
-def make_optimizer(model: torch.nn.Module, config: TrainConfig) -> AdamW:
-    """AdamW that clips in its own pass. Matrices decay; biases and norms, pulled to zero, would only lose."""
+def make_optimizer(model: torch.nn.Module, config: TrainConfig, low: torch.dtype | None = None) -> AdamW:
+    """AdamW that clips in its own pass, and leaves copies in `low` for the products of the next step. Matrices decay;
+    biases and norms, pulled to zero, would only lose."""
     parameters = [p for p in model.parameters() if p.requires_grad]
     groups = [
         {"params": [p for p in parameters if p.dim() >= 2], "weight_decay": config.weight_decay, "decays": True},
@@ -438,7 +440,8 @@ def make_optimizer(model: torch.nn.Module, config: TrainConfig) -> AdamW:
     ]
     betas = (config.beta1, config.beta2)
     # An infinite limit clips nothing, but the norm is still found, to be logged and checked.
-    return AdamW([g for g in groups if g["params"]], lr=config.lr, betas=betas, max_norm=config.clip or math.inf)
+    limit = config.clip or math.inf
+    return AdamW([g for g in groups if g["params"]], lr=config.lr, betas=betas, max_norm=limit, shadow_dtype=low)
 
 
 def _plain(value: Any) -> Any:
