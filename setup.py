@@ -41,7 +41,7 @@ ISAS = {  # name -> flags; explicit flags, because -march=native would tie the w
     "amx": [*AVX512, "-mavx512bf16", "-mamx-tile", "-mamx-bf16"],
 }
 # The sources with an AMX variant; the rest use their AVX-512 one there.
-AMX_SOURCES = {"table.cpp", "attention_forward.cpp", "attention_backward.cpp"}
+AMX_SOURCES = {"table.cpp", "attention_forward.cpp", "attention_backward.cpp", "linear.cpp"}
 SHARED_SOURCES = {"dispatch.cpp"}  # compiled once, for the baseline
 
 BASE_FLAGS = ["-O3", "-std=c++17", "-fPIC", "-fvisibility=hidden", "-Wall", "-Wextra", "-fno-math-errno",

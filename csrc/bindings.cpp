@@ -139,5 +139,6 @@ PYBIND11_MODULE(_C, m) {
     return attention_longest(reinterpret_cast<const int32_t*>(cu_seqlens), sequences, total);
   });
   m.def("cross_entropy_room", &cross_entropy_room);
+  m.def("linear_room", &linear_room);
 }
 #endif

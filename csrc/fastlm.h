@@ -187,30 +187,40 @@ void cross_entropy_backward(DType dtype, const void* logits, int64_t stride, con
                             void* dlogits, int64_t dlogits_stride, void* transposed, int64_t transposed_stride,
                             int64_t M, int64_t first, int64_t count, int64_t V, int threads);
 
+// --- linear ----------------------------------------------------------------------------------------------------------
+
+/// dweight = dy^T x and dbias = the sum of dy's rows, summed in float32. dy: [M, N], x: [M, K] of `dtype`, bfloat16 or
+/// float16, rows *_stride apart; dweight: [N, K] contiguous, float32 or (out_dtype) of `dtype`; dbias: [N] float32 or
+/// null. scratch: threads * linear_room(N, K) + 64 bytes. M, N and K are at least 1.
+void linear_weight_gradient(DType dtype, const void* dy, int64_t dy_stride, const void* x, int64_t x_stride,
+                            DType out_dtype, void* dweight, float* dbias, void* scratch, int64_t M, int64_t N,
+                            int64_t K, int threads);
+
 }  // namespace fastlm::FASTLM_ISA
 
 namespace fastlm {
 
 // X(name, highest instruction set it has a variant for)
-#define FASTLM_KERNELS(X)          \
-  X(adam_norm, avx512)             \
-  X(adam_step, avx512)             \
-  X(layer_norm_forward, avx512)    \
-  X(layer_norm_backward, avx512)   \
-  X(rms_norm_forward, avx512)      \
-  X(rms_norm_backward, avx512)     \
-  X(dropout, avx512)               \
-  X(gelu_forward, avx512)          \
-  X(gelu_backward, avx512)         \
-  X(glu_forward, avx512)           \
-  X(glu_backward, avx512)          \
-  X(rope, avx512)                  \
-  X(attention_forward, amx)        \
-  X(attention_backward, amx)       \
-  X(cross_entropy_labels, avx512)  \
-  X(cross_entropy_forward, avx512) \
-  X(cross_entropy_slice, avx512)   \
-  X(cross_entropy_backward, avx512)
+#define FASTLM_KERNELS(X)           \
+  X(adam_norm, avx512)              \
+  X(adam_step, avx512)              \
+  X(layer_norm_forward, avx512)     \
+  X(layer_norm_backward, avx512)    \
+  X(rms_norm_forward, avx512)       \
+  X(rms_norm_backward, avx512)      \
+  X(dropout, avx512)                \
+  X(gelu_forward, avx512)           \
+  X(gelu_backward, avx512)          \
+  X(glu_forward, avx512)            \
+  X(glu_backward, avx512)           \
+  X(rope, avx512)                   \
+  X(attention_forward, amx)         \
+  X(attention_backward, amx)        \
+  X(cross_entropy_labels, avx512)   \
+  X(cross_entropy_forward, avx512)  \
+  X(cross_entropy_slice, avx512)    \
+  X(cross_entropy_backward, avx512) \
+  X(linear_weight_gradient, amx)
 
 /// One pointer per entry point: the kernels of one instruction set.
 struct Kernels {
@@ -233,6 +243,16 @@ void set_isa(const std::string& name);
 inline int64_t norm_parts(int64_t M) { return M < 64 ? 1 : M < 1024 ? 8 : 32; }
 /// Floats of scratch that layer_norm_backward and rms_norm_backward need.
 inline int64_t norm_scratch(int64_t M, int64_t N) { return 2 * norm_parts(M) * N; }
+
+constexpr int64_t LINEAR_BLOCK = 384;  // rows and columns of dweight that are summed in the second-level cache
+constexpr int64_t LINEAR_ROWS = 256;   // rows of dy and x that are packed beside them
+/// Bytes of scratch per thread.
+inline int64_t linear_room(int64_t N, int64_t K) {
+  const int64_t n = (N < LINEAR_BLOCK ? N + 31 : LINEAR_BLOCK) / 32 * 32;
+  const int64_t k = (K < LINEAR_BLOCK ? K + 31 : LINEAR_BLOCK) / 32 * 32;
+  const int64_t tiles = (2 * LINEAR_ROWS + 32) * (n + k) + 4 * n * k + 4 * n, vectors = 148 << 10;
+  return tiles > vectors ? tiles : vectors;
+}
 
 constexpr int64_t ATTENTION_TILE = 64;                   // queries and keys of a tile
 constexpr int64_t ATTENTION_CHUNK = 8 * ATTENTION_TILE;  // queries that share the packing of keys in the forward

@@ -19,10 +19,6 @@ constexpr int64_t BK = ATTENTION_TILE;  // keys of a tile
 constexpr int NV = BQ / W;              // vectors across a tile
 constexpr float INF = __builtin_inff();
 
-inline int64_t round_up(int64_t n, int64_t to) { return (n + to - 1) / to * to; }
-inline int64_t min64(int64_t a, int64_t b) { return a < b ? a : b; }
-inline int64_t max64(int64_t a, int64_t b) { return a > b ? a : b; }
-
 /// Hands out parts of a scratch buffer, each on its own cache line.
 struct Arena {
   float* next;

@@ -9,6 +9,9 @@ namespace fastlm::FASTLM_ISA {
 namespace {
 
 inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+inline int64_t round_up(int64_t n, int64_t to) { return ceil_div(n, to) * to; }
+inline int64_t min64(int64_t a, int64_t b) { return a < b ? a : b; }
+inline int64_t max64(int64_t a, int64_t b) { return a > b ? a : b; }
 
 /// f(begin, end) over contiguous shares of [0, n), each of at least `grain` items. No parallel region is opened for
 /// one thread: it costs 100 us on busy cores, and one opened in a forked child hangs.

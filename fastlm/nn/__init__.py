@@ -3,6 +3,7 @@
 from fastlm.nn import functional
 from fastlm.nn.attention import KVCache, MultiheadAttention, SelfAttention
 from fastlm.nn.embedding import Embedding
+from fastlm.nn.linear import Linear
 from fastlm.nn.loss import CrossEntropyLoss, LinearCrossEntropyLoss
 from fastlm.nn.mlp import MLP
 from fastlm.nn.norm import LayerNorm, RMSNorm
@@ -15,6 +16,7 @@ __all__ = [
     "Embedding",
     "KVCache",
     "LayerNorm",
+    "Linear",
     "LinearCrossEntropyLoss",
     "MultiheadAttention",
     "RMSNorm",

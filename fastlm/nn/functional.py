@@ -13,13 +13,14 @@ from torch import Tensor
 from torch.overrides import handle_torch_function, has_torch_function_unary, has_torch_function_variadic
 
 from fastlm import ops
-from fastlm.nn._autocast import autocast_dtype, lower
+from fastlm.nn._autocast import autocast_dtype, lower, lower_values
 from fastlm.nn._losses import cross_entropy, linear_cross_entropy
 
 __all__ = [
     "cross_entropy",
     "embedding",
     "layer_norm",
+    "linear",
     "linear_cross_entropy",
     "log_softmax",
     "rms_norm",
@@ -124,6 +125,44 @@ def embedding(
             input, weight, padding_idx, max_norm, norm_type, scale_grad_by_freq, sparse
         )
     return ops.embedding(input, weight, padding_idx)
+
+
+def linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """torch.nn.functional.linear over ops.linear where the products are in bfloat16 on a CPU, else torch's own.
+
+    Args:
+        input: (..., in_features).
+        weight: (out_features, in_features); under autocast its shadow is read, where an optimizer keeps one.
+        bias: (out_features,) or None.
+
+    Returns:
+        (..., out_features), in the dtype of input, under autocast in autocast's. Raises what torch raises.
+    """
+    dtype = autocast_dtype(input.device) if input.is_cpu else None
+    if not _linear_fits(input, weight, bias, dtype):
+        return torch.nn.functional.linear(input, weight, bias)
+    values = None if dtype is None or weight.dtype is dtype else lower_values(weight, dtype)
+    return ops.linear(input, weight, bias, values=values)
+
+
+def _linear_fits(input: Tensor, weight: Tensor, bias: Tensor | None, dtype: torch.dtype | None) -> bool:
+    """Whether products in the autocast dtype (None: outside autocast) are for ops.linear."""
+    if not input.is_cpu or (dtype or input.dtype) is not torch.bfloat16:
+        return False
+    if has_torch_function_variadic(input, weight, bias) or not input.dim() or weight.dim() != 2:
+        return False
+    tensors = (input, weight) if bias is None else (input, weight, bias)
+    if dtype is None:
+        dtypes = all(t.dtype is torch.bfloat16 for t in tensors)
+    else:
+        dtypes = all(t.dtype in _LOWERED for t in tensors)
+    return (
+        dtypes and all(t.is_cpu for t in tensors) and input.shape[-1] == weight.shape[1]
+        and (bias is None or bias.shape == weight.shape[:1])
+    )  # fmt: skip
+
+
+_LOWERED = frozenset({torch.float32, torch.bfloat16, torch.float16})
 
 
 def softmax(input: Tensor, dim: int | None = None, _stacklevel: int = 3, dtype: torch.dtype | None = None) -> Tensor:

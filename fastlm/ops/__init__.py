@@ -10,6 +10,7 @@ from fastlm.ops.gelu import gelu
 from fastlm.ops.glu import geglu, swiglu
 from fastlm.ops.kl_div import kl_div
 from fastlm.ops.layer_norm import add_layer_norm, layer_norm
+from fastlm.ops.linear import linear
 from fastlm.ops.linear_cross_entropy import linear_cross_entropy
 from fastlm.ops.rms_norm import add_rms_norm, rms_norm
 from fastlm.ops.rope import rope
@@ -31,6 +32,7 @@ __all__ = [
     "grad_norm",
     "kl_div",
     "layer_norm",
+    "linear",
     "linear_cross_entropy",
     "rms_norm",
     "rope",

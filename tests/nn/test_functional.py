@@ -131,6 +131,49 @@ def test_empty_norms(shape: tuple[int, ...]) -> None:
         assert getattr(F, name)(x, shape[-1:]).shape == getattr(T, name)(x, shape[-1:]).shape
 
 
+# --- linear ----------------------------------------------------------------------------------------------------------
+
+
+@each_dtype
+@pytest.mark.parametrize("bias", [True, False])
+def test_linear(dtype: torch.dtype, bias: bool) -> None:
+    agree(F.linear, T.linear, [torch.randn(4, 9, 40).to(dtype), torch.randn(24, 40).to(dtype) * 0.1,
+                               torch.randn(24).to(dtype) if bias else None])  # fmt: skip
+
+
+@pytest.mark.parametrize("low", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("dtype", CPU_DTYPES, ids=str)
+def test_linear_under_autocast(low: torch.dtype, dtype: torch.dtype) -> None:
+    tensors = [torch.randn(40, 16).to(dtype), torch.randn(24, 16), torch.randn(24)]
+    tensors = [t.double() if dtype is torch.float64 else t for t in tensors]
+    run = [lambda *t, f=f: _autocast(f, low, t) for f in (F.linear, T.linear)]
+    agree(*run, tensors)
+
+
+def _autocast(function, dtype: torch.dtype, tensors):
+    with torch.autocast("cpu", dtype):
+        return function(*tensors)
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        (torch.ones(2, 3).bfloat16(), torch.ones(4, 2).bfloat16()),
+        (torch.ones(2, 3).bfloat16(), torch.ones(4, 3)),
+        (torch.ones(2, 3).bfloat16(), torch.ones(4, 3).bfloat16(), torch.ones(2).bfloat16()),
+        (torch.ones(2, 3, dtype=torch.int64), torch.ones(4, 3)),
+        (torch.ones(()).bfloat16(), torch.ones(4, 3).bfloat16()),
+    ],
+    ids=["widths", "dtypes", "bias", "integers", "scalar"],
+)
+def test_linear_refuses_what_torch_does(arguments: tuple[Tensor, ...]) -> None:
+    with pytest.raises(RuntimeError) as theirs:
+        T.linear(*arguments)
+    with pytest.raises(RuntimeError) as ours:
+        F.linear(*arguments)
+    assert str(ours.value) == str(theirs.value)
+
+
 # --- softmax, embedding ---------------------------------------------------------------------------------------------
 
 

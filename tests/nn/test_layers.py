@@ -14,6 +14,7 @@ from fastlm import nn
 
 TORCH_LAYERS = {
     "LayerNorm": ((8,), {}),
+    "Linear": ((8, 5), {}),
     "RMSNorm": ((8,), {"eps": 1e-6}),
     "CrossEntropyLoss": ((), {"label_smoothing": 0.1}),
     "MultiheadAttention": ((16, 4), {"batch_first": True}),
@@ -61,6 +62,17 @@ def same_as_torch(name: str, inputs: list[Tensor], **options: object) -> None:
 def test_norms(shape: tuple[int, ...]) -> None:
     same_as_torch("LayerNorm", [torch.randn(shape)])
     same_as_torch("RMSNorm", [torch.randn(shape)])
+
+
+def test_linear() -> None:
+    same_as_torch("Linear", [torch.randn(2, 3, 8)])
+    same_as_torch("Linear", [torch.randn(8)], bias=False)
+    x, layer = torch.randn(40, 8), nn.Linear(8, 5)
+    with torch.autocast("cpu", torch.bfloat16):
+        y = layer(x)
+        expected = T.linear(x, layer.weight, layer.bias)
+    assert y.dtype is torch.bfloat16 and torch.equal(y, expected)
+    assert type(y.grad_fn).__name__ == "_LinearBackward"
 
 
 def test_losses() -> None:
