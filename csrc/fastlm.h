@@ -244,7 +244,7 @@ inline int64_t norm_parts(int64_t M) { return M < 64 ? 1 : M < 1024 ? 8 : 32; }
 /// Floats of scratch that layer_norm_backward and rms_norm_backward need.
 inline int64_t norm_scratch(int64_t M, int64_t N) { return 2 * norm_parts(M) * N; }
 
-constexpr int64_t LINEAR_BLOCK = 384;  // rows and columns of dweight that are summed in the second-level cache
+constexpr int64_t LINEAR_BLOCK = 512;  // rows and columns of dweight that are summed in the second-level cache
 constexpr int64_t LINEAR_ROWS = 256;   // rows of dy and x that are packed beside them
 /// Bytes of scratch per thread.
 inline int64_t linear_room(int64_t N, int64_t K) {

@@ -58,6 +58,7 @@ def calls() -> dict[str, Call]:
             "attention": of(lambda *t: ops.attention(*t, causal=True), heads, heads, heads),
             "cross_entropy": of(lambda x: ops.cross_entropy(x, LABELS), (257, 211)),
             "linear_cross_entropy": of(lambda x, w: ops.linear_cross_entropy(x, w, LABELS), (257, 64), (211, 64)),
+            "linear": of(ops.linear, (257, 64), (211, 64), (211,)),
             "layer_norm": of(ops.layer_norm, matrix, (320,), (320,)),
             "add_rms_norm": of(ops.add_rms_norm, matrix, matrix, (320,)),
             "gelu": of(ops.gelu, matrix),

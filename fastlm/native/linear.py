@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from fastlm._walk import rows
-from fastlm.native import DTYPES, address, empty, extension, nothing, output, threads
+from fastlm.native import DTYPES, address, empty, extension, nothing, output, threads, workspace
 
 F32 = torch.float32
 
@@ -40,10 +40,10 @@ def _weight_gradient(dy: Tensor, x: Tensor, out: torch.dtype, needs_bias: bool) 
     dtype, (m, n), k = x.dtype, dy.shape, x.shape[1]
     dweight = empty((n, k), out)
     dbias = empty((n,), F32) if needs_bias else nothing(F32)
-    scratch = empty((threads() * extension().linear_room(n, k) + 64,), torch.uint8)
-    extension().linear_weight_gradient(
-        DTYPES[dtype], address("dy", dy, dtype, contiguous=False), dy.stride(0),
-        address("x", x, dtype, contiguous=False), x.stride(0), DTYPES[out], output(dweight),
-        output(dbias) if needs_bias else 0, output(scratch), m, n, k, threads(),
-    )  # fmt: skip
+    with workspace(threads() * extension().linear_room(n, k) + 64, torch.uint8) as scratch:
+        extension().linear_weight_gradient(
+            DTYPES[dtype], address("dy", dy, dtype, contiguous=False), dy.stride(0),
+            address("x", x, dtype, contiguous=False), x.stride(0), DTYPES[out], output(dweight),
+            output(dbias) if needs_bias else 0, output(scratch), m, n, k, threads(),
+        )  # fmt: skip
     return dweight, dbias
