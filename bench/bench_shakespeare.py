@@ -16,7 +16,7 @@ import statistics
 import tempfile
 import time
 from collections.abc import Iterable
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -151,6 +151,36 @@ class InTurns(Timed):
         return total / validation.targets
 
 
+@dataclass
+class Race:
+    reporter: Timed
+    loss: float
+    """Of ours over the whole validation text."""
+    seconds: float
+    """Of all, evaluation, checkpoints and the peer included."""
+
+    def sums(self) -> tuple[float, float]:
+        """Seconds of all steps, ours and the peer's."""
+        assert isinstance(self.reporter, InTurns)
+        return sum(self.reporter.ours), sum(self.reporter.theirs)
+
+
+def race(text: Path, steps: int, precision: str, peer: str | None) -> Race:
+    """Trains ours, in turns with a peer: "plain", "plain compiled" or None. malloc is tuned for both."""
+    recipe, reporter = shakespeare_char_cpu(), InTurns() if peer else Timed()
+    with tempfile.TemporaryDirectory() as folder:
+        # As many tokens at each evaluation as nanoGPT looks at: 2 splits x 20 batches x 12 windows.
+        train = replace(
+            recipe.train, out=Path(folder), steps=steps, eval_every=250, eval_batches=8, precision=precision
+        )
+        run = start(replace(recipe, train=train), from_paths([text]), reporter)
+        if isinstance(reporter, InTurns):
+            reporter.against(run.trainer, peer == "plain compiled")
+        began = time.perf_counter()
+        result = run.trainer.fit()
+        return Race(reporter, result.validation_loss, time.perf_counter() - began)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("text", type=Path, help="tinyshakespeare's input.txt")
@@ -159,36 +189,20 @@ def main() -> None:
     parser.add_argument("--precision", choices=("fp32", "bf16"), default="fp32", help="of both; bf16 is autocast")
     parser.add_argument("--steps", type=int, default=2000)
     options = parser.parse_args()
-    options.peer |= options.compile
-    recipe, reporter = shakespeare_char_cpu(), InTurns() if options.peer else Timed()
-    with tempfile.TemporaryDirectory() as folder:
-        # As many tokens at each evaluation as nanoGPT looks at: 2 splits x 20 batches x 12 windows.
-        train = replace(
-            recipe.train,
-            out=Path(folder),
-            steps=options.steps,
-            eval_every=250,
-            eval_batches=8,
-            precision=options.precision,
-        )
-        run = start(replace(recipe, train=train), from_paths([options.text]), reporter)
-        if isinstance(reporter, InTurns):
-            reporter.against(run.trainer, options.compile)
-        began = time.perf_counter()
-        result = run.trainer.fit()
-        seconds = time.perf_counter() - began
-    loss, ours = result.validation_loss, 1e3 * statistics.median(reporter.ours)
-    print(f"validation loss {loss:.4f} over the whole text (nanoGPT {NANOGPT_LOSS})")
+    peer = "plain compiled" if options.compile else "plain" if options.peer else None
+    found = race(options.text, options.steps, options.precision, peer)
+    reporter, ours = found.reporter, 1e3 * statistics.median(found.reporter.ours)
+    print(f"validation loss {found.loss:.4f} over the whole text (nanoGPT {NANOGPT_LOSS})")
     print(f"step {ours:.1f} ms (median), {torch.get_num_threads()} threads")
     if isinstance(reporter, InTurns):
         theirs = 1e3 * statistics.median(reporter.theirs)
-        print(f"plain PyTorch in turns: loss {reporter.loss():.4f}, step {theirs:.1f} ms; ratio {theirs / ours:.2f}")
-        ours, theirs = (sum(times) for times in (reporter.ours, reporter.theirs))
+        print(f"{peer} in turns: loss {reporter.loss():.4f}, step {theirs:.1f} ms; ratio {theirs / ours:.2f}")
+        ours, theirs = found.sums()
         print(f"all steps: {ours:.1f} s against {theirs:.1f} s; ratio {theirs / ours:.2f}")
         ours, theirs = ours + reporter.evaluations[0], theirs + reporter.evaluations[1]
         print(f"with evaluations on the way: {ours:.1f} s against {theirs:.1f} s; ratio {theirs / ours:.2f}")
     else:
-        print(f"{seconds:.1f} s in all, evaluation and checkpoints included (nanoGPT {NANOGPT_SECONDS:.0f} s)")
+        print(f"{found.seconds:.1f} s in all, evaluation and checkpoints included (nanoGPT {NANOGPT_SECONDS:.0f} s)")
 
 
 if __name__ == "__main__":

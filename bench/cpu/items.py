@@ -43,8 +43,8 @@ class Item:
     shape: str
     dtype: str
     kind: str
-    """ "op" (seconds of a case), "memory" (bytes), "step" (seconds of a training step), "loss" (seconds of a training
-    run to the same loss)."""
+    """ "op" (seconds of a case), "memory" (bytes), "step" (seconds of a training step), "run" (seconds of the
+    steps of a training run to the same validation loss)."""
     targets: tuple[Target, ...] = ()
     case: Case | None = None
     model: Mapping[str, Any] | None = None
@@ -169,6 +169,8 @@ def small() -> Iterator[Item]:
         yield from of(iter(found), {(case.op, case.dtype): () for case in found})
 
 
+RUN_STEPS = 500
+"""Of nanoGPT's 2000: a quarter of its schedule, to a validation loss that is the same for all."""
 GPT = {"style": "gpt2", "layers": 6, "width": 384, "heads": 6, "context": 256, "batch": 8, "dropout": 0.0}
 GPT2 = {"style": "gpt2", "layers": 12, "width": 768, "heads": 12, "context": 512, "batch": 2, "dropout": 0.0}
 
@@ -183,6 +185,9 @@ def steps() -> Iterator[Item]:
     yield step("6 layers, 384 wide, V=65", GPT | {"vocab": 65}, 2.2, None, 2.0)
     yield step("6 layers, 384 wide, V=50304", GPT | {"vocab": 50304}, 2.2, 1.4, 1.4)
     yield step("GPT-2 124M, T=512", GPT2 | {"vocab": 50304}, 1.8, 1.4, 1.3)
+    for dtype, plain in (("float32", 2.0), ("bfloat16", 2.5)):
+        targets = (Target("plain", "tuned", plain), Target("plain compiled", "tuned", 1.5))
+        yield Item("training run", f"nanoGPT's for a CPU, {RUN_STEPS} steps", dtype, "run", targets)
 
 
 def items() -> list[Item]:

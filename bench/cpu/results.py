@@ -2,7 +2,7 @@
 
     {"device", "threads", "isa", "ceilings": {malloc: {"bandwidth", "product": {dtype: rate}}},
      "rows": [{"op", "shape", "dtype", "kind", "runs": {malloc: RUN}}]}
-    RUN: {"values": {provider: seconds or bytes}, "share", "ceiling", "torch", "python", "commit"}
+    RUN: {"values": {provider: seconds or bytes}, "bytes", "flops", "torch", "python", "commit"}
 
 A run measured again replaces the one before; the others stay with the commit they were measured at.
 """
@@ -112,6 +112,17 @@ def holds(row: Mapping[str, Any], target: Target) -> tuple[float | None, bool]:
     """The measured ratio of a target, and whether it is reached."""
     measured = ratio(row, [target.peer], target.malloc)
     return measured, measured is not None and measured >= target.least
+
+
+def share(data: Mapping[str, Any], row: Mapping[str, Any]) -> tuple[float, str] | None:
+    """Time at the measured ceilings over fastlm's, and the ceiling that takes longer; None where work is unknown."""
+    for malloc in ("tuned", "default"):
+        run, ceilings = row["runs"].get(malloc, {}), data["ceilings"].get(malloc)
+        if ceilings and "flops" in run and "fastlm" in run["values"]:
+            rate = ceilings["product"].get(row["dtype"], ceilings["product"]["float32"])
+            moving, computing = run["bytes"] / ceilings["bandwidth"], run["flops"] / rate
+            return (moving + computing) / run["values"]["fastlm"], "bandwidth" if moving > computing else "product"
+    return None
 
 
 def amount(row: Mapping[str, Any], value: float) -> str:

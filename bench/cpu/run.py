@@ -18,6 +18,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
 from bench.cpu import items as catalogue
@@ -29,7 +30,7 @@ TIMES = {"steps": 4, "warmup": 1}
 """Of a training step: few, because the whole takes minutes."""
 
 
-def line(row: dict[str, Any], item: Item, malloc: str) -> str:
+def line(data: dict[str, Any], row: dict[str, Any], item: Item, malloc: str) -> str:
     """What is printed of a run just measured."""
     run = row["runs"].get(malloc) or row["runs"]["tuned"]
     mine = results.ours(row, malloc)
@@ -40,14 +41,15 @@ def line(row: dict[str, Any], item: Item, malloc: str) -> str:
         least = [t.least for t in item.targets if (t.peer, t.malloc) == (peer, malloc)]
         verdict = f" (>= {least[0]:g}: {'holds' if value / mine >= least[0] else 'MISSED'})" if least else ""
         ratios.append(f"{peer} {value / mine:.2f}x{verdict}")
-    share = f"  {run['share']:.0%} of {run['ceiling']}" if run.get("share") else ""
+    found = results.share(data, row) if "fastlm" in run["values"] else None
+    share = f"  {found[0]:.0%} of {found[1]}" if found else ""
     took = results.amount(row, mine) if mine else "?"
     return f"{item.name:50} {malloc:8} {took:>10}  {', '.join(ratios)}{share}"
 
 
 class Bench:
-    def __init__(self, record: Results) -> None:
-        self.record = record
+    def __init__(self, record: Results, text: Path | None = None) -> None:
+        self.record, self.text = record, text
         self.failed: list[str] = []
         self.began = time.monotonic()
 
@@ -58,7 +60,7 @@ class Bench:
     def add(self, item: Item, runs: dict[str, dict[str, Any]]) -> None:
         self.record.add(item, runs)
         for malloc in runs:
-            self.say(line(self.record.row(item), item, malloc))
+            self.say(line(self.record.data, self.record.row(item), item, malloc))
 
     def fail(self, item: Item, why: str) -> None:
         self.failed.append(item.name)
@@ -107,16 +109,34 @@ class Bench:
         for name, seconds in wall.items():
             tuned = name == "fastlm" or name.endswith(" tuned")
             runs["tuned" if tuned else "default"]["values"][name.removesuffix(" tuned")] = seconds
-        rates = self.record.data["ceilings"].get("tuned", {}).get("product", {})
-        if item.dtype in rates:
-            least = step_flops(model, model["batch"]) / rates[item.dtype]
-            runs["tuned"] |= {"share": least / wall["fastlm"], "ceiling": "product"}
+        runs["tuned"] |= {"bytes": 0.0, "flops": step_flops(model, model["batch"])}
         torch._dynamo.reset()
         self.add(item, runs)
 
+    def train(self, item: Item) -> None:
+        import torch
+
+        from bench import bench_shakespeare
+
+        if self.text is None:
+            return self.say(f"{item.name}: left out, it needs --text input.txt, tinyshakespeare's")
+        precision = "bf16" if item.dtype == "bfloat16" else "fp32"
+        values: dict[str, float] = {}
+        for peer in ("plain", "plain compiled"):
+            self.say(f"{item.name}: {catalogue.RUN_STEPS} steps in turns with {peer} ...")
+            race = bench_shakespeare.race(self.text, catalogue.RUN_STEPS, precision, peer)
+            torch._dynamo.reset()
+            ours, theirs = race.sums()
+            assert isinstance(race.reporter, bench_shakespeare.InTurns)
+            if abs(race.loss - race.reporter.loss()) > 0.03:
+                raise RuntimeError(f"validation losses differ: {race.loss} and {race.reporter.loss()} of {peer}")
+            values.setdefault("fastlm", ours)
+            values[peer] = values["fastlm"] * theirs / ours  # ratios are of those that took turns
+        self.add(item, {"tuned": {"values": values}})
+
     def alone(self, item: Item) -> None:
         try:
-            {"memory": self.memory, "step": self.step}[item.kind](item)
+            {"memory": self.memory, "step": self.step, "run": self.train}[item.kind](item)
         except (RuntimeError, SystemExit) as error:
             self.fail(item, str(error))
 
@@ -156,6 +176,7 @@ def main(arguments: Sequence[str]) -> None:
     parser.add_argument("--malloc", choices=("default", "tuned"), help="ops under one setting only")
     parser.add_argument("--save", action="store_true", help="write bench/results/cpu-<model>.json")
     parser.add_argument("--resume", action="store_true", help="leave out what the file has of this commit")
+    parser.add_argument("--text", type=Path, help="tinyshakespeare's input.txt, for the training runs")
     parser.add_argument("--list", action="store_true", help="show the items and end")
     options = parser.parse_args(arguments)
     try:
@@ -170,7 +191,7 @@ def main(arguments: Sequence[str]) -> None:
     record = Results(path if options.save or options.resume else None)
     if not options.save:
         record.path = None
-    bench = Bench(record)
+    bench = Bench(record, options.text)
 
     def wanted(item: Item, malloc: str) -> bool:
         return malloc in item.mallocs and not (options.resume and record.has(item, malloc))

@@ -61,8 +61,8 @@ def markdown(data: Mapping[str, Any]) -> Iterator[str]:
         if item.kind == "memory":  # measured with malloc as it comes alone: tuned, freed memory stays resident
             cells = [times(results.ratio(row, plain, "default")), times(results.ratio(row, COMPILED, "default"))]
         default = times(results.ratio(row, plain, "default")) if item.kind != "memory" else ""
-        run = row["runs"].get("tuned") or row["runs"]["default"]
-        share = f"{run['share']:.0%} {run['ceiling']}" if run.get("share") else ""
+        found = results.share(data, row)
+        share = f"{found[0]:.0%} {found[1]}" if found else ""
         took = results.amount(row, results.ours(row) or 0.0)
         best = results.ratio(row, (*plain, *COMPILED), "tuned")
         if best is not None and best < 0.995:
@@ -101,9 +101,9 @@ def plot(data: Mapping[str, Any], path: Path) -> bool:
                 for target in item.targets:
                     if target.peer in peers and target.malloc == malloc:
                         left.plot([target.least] * 2, [index + offset - 0.2, index + offset + 0.2], color="black")
-            share = row["runs"].get("tuned", {}).get("share")
+            share = results.share(data, row)
             if share:
-                right.barh(index, 100 * share, 0.7, color="#888888")
+                right.barh(index, 100 * share[0], 0.7, color="#888888")
         left.axvline(1, color="black", linewidth=0.6)
         left.set(xscale="log", yticks=range(len(rows)), yticklabels=names)
         left.set_xlabel("times fastlm's: PyTorch (blue), torch.compile (red); black: promised")
