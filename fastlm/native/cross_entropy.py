@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from ctypes import addressof, c_double, c_int64
+
 import torch
 from torch import Tensor
 
@@ -16,15 +18,14 @@ def check_labels(target: Tensor, weight: Tensor | None, ignore_index: int, V: in
 
     Raises IndexError naming the first label out of range, before any kernel has written anything.
     """
-    total, wrong = empty((1,), F64), empty((1,), I64)
+    total, wrong = c_double(), c_int64()  # a tensor of one number takes a microsecond to make and one to read
     extension().cross_entropy_labels(
         address("target", target, I64), address("weight", weight, F32), ignore_index,
-        address("total", total, F64), address("wrong row", wrong, I64), target.numel(), V, threads(),
+        addressof(total), addressof(wrong), target.numel(), V, threads(),
     )  # fmt: skip
-    row = int(wrong)
-    if row >= 0:
-        raise IndexError(f"Target {int(target[row])} is out of bounds.")
-    return float(total)
+    if wrong.value >= 0:
+        raise IndexError(f"Target {int(target[wrong.value])} is out of bounds.")
+    return total.value
 
 
 def reciprocal(total: float, reduction: str) -> float:
@@ -32,10 +33,13 @@ def reciprocal(total: float, reduction: str) -> float:
     return 1.0 if reduction != "mean" else 1.0 / total if total else float("inf")
 
 
-def reduced(loss: Tensor, loss_sum: Tensor, total: float, reduction: str) -> Tensor:
+def reduced(loss: Tensor, loss_sum: c_double, total: float, reduction: str) -> Tensor:
     if reduction == "none":
         return loss
-    return (loss_sum / total if reduction == "mean" else loss_sum).to(F32).reshape(())
+    value = loss_sum.value
+    if reduction == "mean":
+        value = value / total if total else float("nan") if value == 0.0 else value * float("inf")
+    return empty((), F32).fill_(value)
 
 
 def forward_rows(
@@ -48,7 +52,7 @@ def forward_rows(
     softcap: float | None,
     scale: float,
     loss: Tensor,
-    loss_sum: Tensor,
+    loss_sum: c_double,
     stats: Tensor,
     dlogits: Tensor | None,
     scratch: Tensor,
@@ -58,7 +62,7 @@ def forward_rows(
     extension().cross_entropy_forward(
         DTYPES[dtype], address("logits", logits, dtype, contiguous=False), logits.stride(0),
         address("target", target, I64), address("weight", weight, F32), ignore_index, label_smoothing, z_loss,
-        softcap or 0.0, scale, address("loss", loss, F32), address("loss_sum", loss_sum, F64),
+        softcap or 0.0, scale, address("loss", loss, F32), addressof(loss_sum),
         address("stats", stats, F32, contiguous=False), stats.stride(0),
         address("dlogits", dlogits, dtype, contiguous=False), 0 if dlogits is None else dlogits.stride(0),
         address("scratch", scratch, F32), m, v, threads(),
@@ -75,7 +79,7 @@ def read_slice(
     softcap: float | None,
     state: Tensor,
     loss: Tensor,
-    loss_sum: Tensor,
+    loss_sum: c_double,
     stats: Tensor,
     first: int,
     V: int,
@@ -86,7 +90,7 @@ def read_slice(
     extension().cross_entropy_slice(
         DTYPES[dtype], address("logits", logits, dtype, contiguous=False), logits.stride(0),
         address("target", target, I64), address("weight", weight, F32), ignore_index, label_smoothing, z_loss,
-        softcap or 0.0, address("state", state, F64), address("loss", loss, F32), address("loss_sum", loss_sum, F64),
+        softcap or 0.0, address("state", state, F64), address("loss", loss, F32), addressof(loss_sum),
         address("stats", stats, F32, contiguous=False), stats.stride(0), m, first, count, V, threads(),
     )  # fmt: skip
 
@@ -141,7 +145,7 @@ def forward(
     m, v = logits.shape
     x, target, w = rows(logits), target.contiguous(), float32(weight)
     total = check_labels(target, w, ignore_index, v)
-    loss, loss_sum, stats = empty((m,), F32), torch.zeros(1, dtype=F64), empty((3, m), F32)
+    loss, loss_sum, stats = empty((m,), F32), c_double(), empty((3, m), F32)
     dlogits = None if not needs_grad else empty((m, v), logits.dtype) if out is None else x
     forward_rows(
         x, target, w, ignore_index, label_smoothing, z_loss, softcap, reciprocal(total, reduction),

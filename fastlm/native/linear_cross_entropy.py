@@ -17,6 +17,7 @@ implementation and gradient_filter are "chunked" and None: the op's table says t
 from __future__ import annotations
 
 from collections.abc import Iterator
+from ctypes import c_double
 
 import torch
 from torch import Tensor
@@ -130,11 +131,11 @@ class _Slices:
 
 def _statistics(
     hidden: Tensor, weight: Tensor, bias: Tensor | None, target: Tensor, w: Tensor | None, options: _Options
-) -> tuple[Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, c_double, Tensor]:
     """Rows' losses, their sum, stats, from one walk over the classes."""
     m, v = hidden.shape[0], weight.shape[0]
     loss, stats = empty((m,), torch.float32), empty((3, m), torch.float32)
-    loss_sum, state = torch.zeros(1, dtype=torch.float64), empty((m, 5), torch.float64)
+    loss_sum, state = c_double(), empty((m, 5), torch.float64)
     head = _Slices(hidden, weight, bias)
     for classes in head.slices:
         logits, _ = head.logits(classes)
@@ -211,7 +212,7 @@ def forward(
                 gradients = nothing(hidden.dtype), nothing(torch.float32), nothing(torch.float32)
             return reduced(loss, loss_sum, total, reduction), stats, *gradients
         loss, stats = empty((m,), torch.float32), empty((3, m), torch.float32)
-        loss_sum = torch.zeros(1, dtype=torch.float64)
+        loss_sum = c_double()
         head, scratch = _Head(hidden, weight, bias, needs), room(v)
         for rows in head.chunks:
             logits = head.logits(rows)

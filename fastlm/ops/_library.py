@@ -7,7 +7,7 @@ ops make torch.compile(fullgraph=True) work, because raw pointers cannot be trac
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from functools import wraps
 from typing import Any
 
@@ -44,7 +44,7 @@ def define(op: Op, function: str, schema: str, fake: Callable[..., Any]) -> Call
         return library_op
 
     def call(*args: Any) -> Any:
-        if torch.compiler.is_compiling() or not nothing_listens() or not _PLAIN.issuperset(map(type, args)):
+        if torch.compiler.is_compiling() or not nothing_listens() or not _plain(args):
             return library_op(*args)
         found = implementations.get(args[-1])
         return run(*args) if found is None else found(*args[:-1])
@@ -53,6 +53,13 @@ def define(op: Op, function: str, schema: str, fake: Callable[..., Any]) -> Call
 
 
 _PLAIN = frozenset({torch.Tensor, torch.nn.Parameter, type(None), bool, int, float, str, torch.dtype})
+
+
+def _plain(args: Iterable[Any]) -> bool:
+    """Whether no argument, nor what a list among them holds, is a tensor subclass."""
+    if _PLAIN.issuperset(map(type, args)):
+        return True
+    return all(type(a) in _PLAIN or (type(a) is list and _plain(a)) for a in args)
 
 
 _dispatch_modes = torch._C._len_torch_dispatch_stack
