@@ -12,7 +12,7 @@ import math
 import torch
 from torch import Tensor
 
-from fastlm.native import attention, dropout, empty, gelu, glu, layer_norm, rms_norm, rope
+from fastlm.native import attention, dropout, empty, gelu, glu, layer_norm, linear, rms_norm, rope
 
 GLU = {"swiglu": "silu", "geglu": "gelu"}
 
@@ -48,11 +48,16 @@ def _linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     return torch.mm(x, weight.t()) if bias is None else torch.addmm(bias, x, weight.t())
 
 
-def _linear_gradients(dy: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None, frozen: bool) -> list[Tensor]:
-    """dweight and dbias, empty where there is none or none is wanted."""
+def _linear_gradients(
+    dy: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None, frozen: bool, wide: bool
+) -> list[Tensor]:
+    """dweight and dbias, in float32 where wide, else of the weight's dtype; empty where not there or not wanted."""
     if frozen:
         return [empty((0,), weight.dtype), empty((0,), weight.dtype)]
-    return [torch.mm(dy.t(), x), empty((0,), weight.dtype) if bias is None else dy.sum(0)]
+    _, dweight, dbias = linear.backward(dy, x, weight, wide, False, True, bias is not None)
+    if bias is None:
+        dbias = empty((0,), weight.dtype)
+    return [dweight, dbias if wide else dbias.to(weight.dtype)]
 
 
 def _heads(qkv: Tensor, B: int, S: int, heads: int, kv_heads: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -162,14 +167,14 @@ def backward(
     seed_attention, seed_out, seed_down = _seeds(seeds, attention_dropout, branch_dropout)
     dout = dout.contiguous().view(B * S, C)
     dbranch = dout if same and seed_down is None else dropout.backward(dout, low, seed_down, branch_dropout)
-    of_down = _linear_gradients(dbranch, g, down_weight, down_bias, frozen)
+    of_down = _linear_gradients(dbranch, g, down_weight, down_bias, frozen, not same)
     dg = torch.mm(dbranch, down_weight)
     if activation in GLU:
         du, _ = glu.backward(dg, u, None, GLU[activation])
     else:
         du = gelu.backward(dg, u, activation == "gelu_tanh")
     del dg
-    of_up = _linear_gradients(du, y2, up_weight, up_bias, frozen)
+    of_up = _linear_gradients(du, y2, up_weight, up_bias, frozen, not same)
     dy2 = torch.mm(du, up_weight)
     del du
     seed = seed_out if same else None
@@ -179,7 +184,7 @@ def backward(
     )  # fmt: skip
     if not same:
         dbranch = dropout.backward(dh, low, seed_out, branch_dropout)
-    of_out = _linear_gradients(dbranch, attended, out_weight, out_bias, frozen)
+    of_out = _linear_gradients(dbranch, attended, out_weight, out_bias, frozen, not same)
     dattended = torch.mm(dbranch, out_weight)
     del dbranch, dy2
     q, k, v = _heads(qkv, B, S, heads, kv_heads)
@@ -193,7 +198,7 @@ def backward(
     )  # fmt: skip
     if cos is not None and sin is not None:
         rope.rotate(into[0], into[1], cos, sin, False, True, in_place=True)
-    of_qkv = _linear_gradients(dqkv, y1, qkv_weight, qkv_bias, frozen)
+    of_qkv = _linear_gradients(dqkv, y1, qkv_weight, qkv_bias, frozen, not same)
     dy1 = torch.mm(dqkv, qkv_weight)
     dx, _, *of_norm1 = _norm_backward(
         norm, dy1 if same else dy1.to(x.dtype), x.contiguous().view(B * S, C), norm1_weight, norm1_bias is not None,

@@ -37,11 +37,14 @@ def _fake_forward(x: Tensor, *rest: Any) -> tuple[Tensor, ...]:
 
 
 def _fake_backward(dout: Tensor, x: Tensor, *rest: Any) -> tuple[Tensor, ...]:
-    frozen = rest[-1]
-    gone = [p is None or (frozen and i in LINEAR) for i, p in enumerate(rest[:12])]
-    return x.new_empty(x.shape), *(
-        x.new_empty((0,)) if g else p.new_empty(p.shape) for g, p in zip(gone, rest[:12], strict=True)
-    )
+    frozen, wide = rest[-1], rest[2].dtype is not x.dtype
+
+    def gradient(i: int, p: Tensor | None) -> Tensor:
+        if p is None or (frozen and i in LINEAR):
+            return x.new_empty((0,))
+        return p.new_empty(p.shape, dtype=torch.float32 if wide and i in LINEAR else p.dtype)
+
+    return x.new_empty(x.shape), *(gradient(i, p) for i, p in enumerate(rest[:12]))
 
 
 _TENSORS = (

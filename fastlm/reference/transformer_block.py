@@ -98,5 +98,7 @@ def backward(dout: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
         wanted = [t for t in leaves if t is not None]
         found = iter(torch.autograd.grad(out, wanted, dout))
     gradients = [dout.new_empty(0) if t is None else next(found) for t in leaves]
-    linear = (3, 4, 5, 6, 9, 10, 11, 12)
-    return tuple(g.new_empty(0) if frozen and i in linear else g for i, g in enumerate(gradients))
+    wide = inputs[3].dtype is not inputs[0].dtype
+    for i in (3, 4, 5, 6, 9, 10, 11, 12):  # of the products: in float32 where x has another dtype than they
+        gradients[i] = gradients[i].new_empty(0) if frozen else gradients[i].float() if wide else gradients[i]
+    return tuple(gradients)

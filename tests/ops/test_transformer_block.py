@@ -163,6 +163,17 @@ def test_same_bits_again(backend: str, style: str) -> None:
 
 
 @each_backend
+def test_weight_gradients_under_autocast_keep_float32_sums(backend: str) -> None:
+    if backend == "reference":
+        return
+    tensors, options = made("gpt2")
+    with on(backend):
+        _, grads = differentiate(lambda *t: ours(*t, low=torch.bfloat16, **options), tensors)
+    for i in LINEAR:
+        assert not torch.equal(grads[1 + i], grads[1 + i].bfloat16().float()), PARAMETERS[i]
+
+
+@each_backend
 def test_frozen_parameters_get_no_gradient(backend: str) -> None:
     tensors, options = made("gpt2")
     x = tensors[0]
