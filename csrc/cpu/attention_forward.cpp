@@ -4,18 +4,17 @@
 //              for each 64 queries S^T = K Q^T, running maximum and sum per lane, O^T += V^T P^T.
 //              Running sums are rescaled only where the maximum grew by more than RESCALE: P stays below e^RESCALE.
 //   bfloat16   with AMX the same loop on bfloat16 tiles (attention_forward_amx.h): P is rounded, sums are float32
+//   few        one or two queries of a head go another way: attention_decode.h
 //   memory     reads Q once, K and V once per CHUNK queries, writes O and lse once; scratch O(CHUNK * D) per thread
 //   parallel   items, handed out one by one, the longest (last) queries first; each is summed in key order by one
 //              thread, so the result does not depend on the number of threads
-#include "attention_forward.h"
+#include "attention_decode.h"
 #ifdef __AMX_BF16__
 #include "attention_forward_amx.h"
 #endif
 
 namespace fastlm::FASTLM_ISA {
 namespace {
-
-constexpr int64_t FEW = 2;  // queries up to which lanes would be wasted on queries: dot products along D instead
 
 /// One step of the online softmax: logits -> P in place.
 inline void softmax_tile(float* x, int64_t keys, int vectors, float scale, const Dropout& dropout, int64_t j0,
@@ -35,35 +34,6 @@ inline void softmax_tile(float* x, int64_t keys, int vectors, float scale, const
     for (; j < keys; ++j) weigh(j, total[0]);
     store(run.total + n * W, load(run.total + n * W) + ((total[0] + total[1]) + (total[2] + total[3])));
   }
-}
-
-/// S^T of one or two queries, straight from memory; the other lanes of the vector become 0.
-template <class T>
-inline void few_logits(const Problem& p, int64_t b, int64_t h, int64_t i, int64_t rows, int64_t j0, int64_t keys,
-                       float* x) {
-  for (int64_t j = 0; j < keys; ++j) store(x + j * BQ, Vec{});
-  for (int64_t r = 0; r < rows; ++r) {
-    const T* const query = at<T>(p.q, p.qs, b, h, i + r);
-    for (int64_t j = 0; j < keys; ++j) {
-      const T* const key = at<T>(p.k, p.ks, b, h / p.group(), j0 + j);
-      Vec total{};
-      for_vectors(p.D, [&](int64_t d, auto n) { total += load(query + d, n) * load(key + d, n); });
-      x[j * BQ + r] = sum(total);
-    }
-  }
-}
-
-/// O^T += V^T P^T of one or two queries; a key of weight 0 is left out, whatever its values are.
-template <class T>
-inline void few_outputs(const Problem& p, int64_t b, int64_t h, int64_t rows, int64_t j0, int64_t keys, const float* x,
-                        float* out) {
-  for (int64_t r = 0; r < rows; ++r)
-    for_vectors(p.Dv, [&](int64_t d, auto n) {
-      Vec total{};
-      for (int64_t j = 0; j < keys; ++j)
-        if (x[j * BQ + r] != 0.f) total += load(at<T>(p.v, p.vs, b, h / p.group(), j0 + j) + d, n) * x[j * BQ + r];
-      for (int64_t l = 0; l < n; ++l) out[(d + l) * BQ + r] += total[l];
-    });
 }
 
 /// Chunks of queries of packed sequences, counted with room: sequence n has those from cu[n] / CHUNK + n on, as many as
@@ -92,7 +62,6 @@ void forward_item(const Problem& p, void* out, const Strides& os, float* lse, in
   Arena arena(scratch);
   const int64_t i1 = min64(p.S, i0 + CHUNK), blocks = ceil_div(i1 - i0, BQ);
   const int64_t Dp = round_up(p.D, W), Dvp = round_up(p.Dv, W);
-  const bool few = i1 - i0 <= FEW;
   float* const kt = arena.take(BK * Dp);
   float* const vt = arena.take(BK * Dvp);
   float* const x = arena.take(BK * BQ);
@@ -115,16 +84,13 @@ void forward_item(const Problem& p, void* out, const Strides& os, float* lse, in
     for (int64_t c = 0; c < blocks; ++c) {
       const int64_t i = i0 + c * BQ, rows = min64(BQ, i1 - i);
       if (!logits.read(b, h, i, rows, j0, keys)) continue;
-      if (!packed && !few) {
+      if (!packed) {
         pack(at<T>(p.k, p.ks, b, hk, j0), p.ks[2], keys, p.D, kt, Dp);
         finite = pack(at<T>(p.v, p.vs, b, hk, j0), p.vs[2], keys, p.Dv, vt, Dvp);
         packed = true;
       }
       const int vectors = static_cast<int>(ceil_div(rows, W));
-      if (few)
-        few_logits<T>(p, b, h, i, rows, j0, keys, x);
-      else
-        gemm<Lie::by_rows, false>(keys, rows, p.D, kt, Dp, qt[c], BQ, x, BQ);
+      gemm<Lie::by_rows, false>(keys, rows, p.D, kt, Dp, qt[c], BQ, x, BQ);
       float scale = p.scale;
       if (!logits.plain) {
         logits.transform(x, vectors);
@@ -132,9 +98,7 @@ void forward_item(const Problem& p, void* out, const Strides& os, float* lse, in
       }
       if (dropout.used) dropout.set_rows(p, b, h, i);
       softmax_tile(x, keys, vectors, scale, dropout, j0, run[c], p.Dv);
-      if (few)
-        few_outputs<T>(p, b, h, rows, j0, keys, x, run[c].out);
-      else if (finite)
+      if (finite)
         gemm<Lie::by_columns, true>(p.Dv, rows, keys, vt, Dvp, x, BQ, run[c].out, BQ);
       else
         gemm<Lie::by_columns, true, true>(p.Dv, rows, keys, vt, Dvp, x, BQ, run[c].out, BQ);
@@ -156,10 +120,11 @@ void attention_forward(DType dtype, const void* q, Strides qs, const void* k, St
   const Problem p{q, k,  v, mask, qs, ks, vs,           ms,    mask_type, seed,  B,
                   H, Hk, S, T,    D,  Dv, bottom_right, right, options,   scale, dropout};
   const bool packed = options.cu_seqlens_q;
-  const int64_t share = attention_forward_scratch(D, Dv);
+  const int64_t share = attention_forward_share(D, Dv);
   with_type(dtype, [&](auto type) {
     using E = typename decltype(type)::type;
     const auto run = [&](const Problem& one, void* to, int64_t b, int64_t h, int64_t i, int thread) {
+      if (one.S <= FEW) return decode_head<E>(one, to, os, lse, b, h, scratch + thread * share);
 #ifdef __AMX_BF16__
       if constexpr (std::is_same_v<E, bfloat16>)
         return forward_item_amx(one, to, os, lse, b, h, i, scratch + thread * share);
@@ -168,6 +133,7 @@ void attention_forward(DType dtype, const void* q, Strides qs, const void* k, St
     };
     const double work = 2. * B * H * S * (packed ? options.longest_k : T) * (D + Dv);
     const int team = work < 2e6 ? 1 : threads;
+    if (!packed && S <= FEW) return decode<E>(p, out, os, lse, scratch, share, threads);
     if (!packed) {
       const int64_t chunks = ceil_div(S, CHUNK);
       return parallel_items(team, B * H * chunks, [&](int64_t item, int thread) {

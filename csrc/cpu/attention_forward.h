@@ -46,27 +46,34 @@ inline Vec raise_maximum(Vec highest, float rescale, int n, Running& run, int64_
   return center == splat(-INF) ? Vec{} : center;  // no key seen so far: every power is 0
 }
 
+/// What becomes of a row's sums: the factor of its output, and lse.
+struct Ending {
+  float factor, lse;
+
+  Ending(const Problem& p, int64_t h, float total, float maximum, float keep_scale = 1.f)
+      : factor(total == 0.f ? 0.f : keep_scale / total), lse(total == 0.f ? -INF : maximum + std::log(total)) {
+    if (!p.options.sinks) return;
+    const float sink = p.options.sinks[h], highest = sink > lse ? sink : lse;
+    if (highest == -INF) return;
+    const float keys = std::exp(lse - highest), all = keys + std::exp(sink - highest);
+    factor *= keys / all;
+    lse = highest + std::log(all);
+  }
+};
+
 /// Output and lse of up to 64 queries; unit: the natural logarithm of what the logits are powers of.
 template <class T>
 void finish(const Problem& p, const Running& run, float keep_scale, float unit, void* out, const Strides& os,
             float* lse, int64_t b, int64_t h, int64_t i, int64_t rows) {
-  Vec factor[NV];
-  for (int n = 0; n < NV; ++n) {
-    const Vec total = load(run.total + n * W);
-    factor[n] = total == Vec{} ? Vec{} : keep_scale / total;
-  }
+  float factor[BQ] = {};
   for (int64_t r = 0; r < rows; ++r) {
-    const float total = run.total[r], maximum = run.maximum[r] * unit;
-    float& to = lse[p.row(b, h, i + r)];
-    to = total == 0.f ? -INF : maximum + std::log(total);
-    if (!p.options.sinks) continue;
-    const float sink = p.options.sinks[h], highest = sink > to ? sink : to;
-    if (highest == -INF) continue;
-    const float keys = std::exp(to - highest), all = keys + std::exp(sink - highest);
-    factor[r / W][r % W] *= keys / all;
-    to = highest + std::log(all);
+    const Ending ending(p, h, run.total[r], run.maximum[r] * unit, keep_scale);
+    factor[r] = ending.factor;
+    lse[p.row(b, h, i + r)] = ending.lse;
   }
-  store_transposed(run.out, factor, rows, p.Dv, at<T>(out, os, b, h, i), os[2]);
+  Vec factors[NV];
+  for (int n = 0; n < NV; ++n) factors[n] = load(factor + n * W);
+  store_transposed(run.out, factors, rows, p.Dv, at<T>(out, os, b, h, i), os[2]);
 }
 
 }  // namespace

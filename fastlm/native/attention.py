@@ -119,7 +119,7 @@ def forward(
     out, lse = _like(q, dv), empty((b, h, s), F32)
     mask, mask_address, mask_type, mask_strides = _mask(mask, (b, h, s, t))
     team = threads()
-    scratch = empty((team * extension().attention_forward_scratch(d, dv),), F32)
+    scratch = empty((extension().attention_forward_scratch(d, dv, team),), F32)
     extension().attention_forward(
         DTYPES[dtype],
         address("q", q, dtype, contiguous=False), q.stride(),
