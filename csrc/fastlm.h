@@ -256,16 +256,18 @@ inline int64_t linear_room(int64_t N, int64_t K) {
 
 constexpr int64_t ATTENTION_TILE = 64;                   // queries and keys of a tile
 constexpr int64_t ATTENTION_CHUNK = 8 * ATTENTION_TILE;  // queries that share the packing of keys in the forward
-constexpr int64_t ATTENTION_DECODE_ROWS = 8;    // queries that share the reading of keys where there are few of a head
-constexpr int64_t ATTENTION_DECODE_PARTS = 16;  // items up to which keys are split then
+constexpr int64_t ATTENTION_FEW = 2;                     // queries of a head up to which the forward goes another way,
+constexpr int64_t ATTENTION_DECODE_ROWS = 8;             // in which so many queries share the reading of keys
+constexpr int64_t ATTENTION_DECODE_PARTS = 16;           // and keys are split among up to so many items
 /// Floats of scratch per thread.
-inline int64_t attention_forward_share(int64_t D, int64_t Dv) {
+inline int64_t attention_forward_share(int64_t S, int64_t D, int64_t Dv) {
+  if (S <= ATTENTION_FEW) return 2 * ATTENTION_DECODE_ROWS * (D + Dv + 64) + 3 * ATTENTION_TILE * ATTENTION_TILE;
   return (ATTENTION_CHUNK / ATTENTION_TILE + 2) * (D + Dv + 66) * ATTENTION_TILE + 4 * ATTENTION_TILE * ATTENTION_TILE +
          4 * ATTENTION_TILE;
 }
 /// Floats of scratch that attention_forward needs.
-inline int64_t attention_forward_scratch(int64_t D, int64_t Dv, int threads) {
-  return threads * attention_forward_share(D, Dv) + ATTENTION_DECODE_PARTS * ATTENTION_DECODE_ROWS * (Dv + 18);
+inline int64_t attention_forward_scratch(int64_t S, int64_t D, int64_t Dv, int threads) {
+  return threads * attention_forward_share(S, D, Dv) + ATTENTION_DECODE_PARTS * ATTENTION_DECODE_ROWS * (Dv + 18);
 }
 /// Floats of scratch per thread.
 inline int64_t attention_backward_scratch(int64_t T, int64_t D, int64_t Dv) {

@@ -119,12 +119,13 @@ void attention_forward(DType dtype, const void* q, Strides qs, const void* k, St
                        double dropout, int threads) {
   const Problem p{q, k,  v, mask, qs, ks, vs,           ms,    mask_type, seed,  B,
                   H, Hk, S, T,    D,  Dv, bottom_right, right, options,   scale, dropout};
+  if (S == 0) return;
   const bool packed = options.cu_seqlens_q;
-  const int64_t share = attention_forward_share(D, Dv);
+  const int64_t share = attention_forward_share(S, D, Dv);
   with_type(dtype, [&](auto type) {
     using E = typename decltype(type)::type;
     const auto run = [&](const Problem& one, void* to, int64_t b, int64_t h, int64_t i, int thread) {
-      if (one.S <= FEW) return decode_head<E>(one, to, os, lse, b, h, scratch + thread * share);
+      if (one.S <= ATTENTION_FEW) return decode_head<E>(one, to, os, lse, b, h, scratch + thread * share);
 #ifdef __AMX_BF16__
       if constexpr (std::is_same_v<E, bfloat16>)
         return forward_item_amx(one, to, os, lse, b, h, i, scratch + thread * share);
@@ -133,7 +134,7 @@ void attention_forward(DType dtype, const void* q, Strides qs, const void* k, St
     };
     const double work = 2. * B * H * S * (packed ? options.longest_k : T) * (D + Dv);
     const int team = work < 2e6 ? 1 : threads;
-    if (!packed && S <= FEW) return decode<E>(p, out, os, lse, scratch, share, threads);
+    if (!packed && S <= ATTENTION_FEW) return decode<E>(p, out, os, lse, scratch, share, threads);
     if (!packed) {
       const int64_t chunks = ceil_div(S, CHUNK);
       return parallel_items(team, B * H * chunks, [&](int64_t item, int thread) {

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastlm.native import DTYPES, address, empty, extension, threads, vector
+from fastlm.native import DTYPES, address, empty, extension, nothing, output, threads, vector, workspace
 
 F32 = torch.float32
 NONE = (0, 0, 0, 0)
@@ -47,48 +47,32 @@ def _right(causal: int, window_right: int) -> tuple[bool, int]:
 
 
 class _Options:
-    """The features of a call as the kernel takes them."""
+    """The features of a call as the kernel takes them; keeps the tensors alive that it reads."""
 
-    def __init__(
-        self,
-        q: Tensor,
-        k: Tensor,
-        sinks: Tensor | None,
-        alibi_slopes: Tensor | None,
-        documents_q: Tensor | None,
-        documents_k: Tensor | None,
-        cu_seqlens_q: Tensor | None,
-        cu_seqlens_k: Tensor | None,
-        window_left: int,
-        softcap: float,
-    ) -> None:
-        self.batch, self.s, self.t = q.shape[0], q.shape[2], k.shape[2]
-        """Independent sequences, and the length of the longest of them."""
-        self.used = window_left >= 0 or softcap > 0 or not (
-            sinks is alibi_slopes is documents_q is cu_seqlens_q is None
-        )  # fmt: skip
-        if not self.used:
-            return
-        self._sinks, self._sinks_address = vector("sinks", sinks)
+    def __init__(self, s: int, t: int, sinks: Tensor | None, alibi_slopes: Tensor | None, documents_q: Tensor | None,
+                 documents_k: Tensor | None, cu_seqlens_q: Tensor | None, cu_seqlens_k: Tensor | None,
+                 window_left: int, softcap: float) -> None:  # fmt: skip
+        self.sinks, sinks_address = vector("sinks", sinks)
         alibi_batch = 0 if alibi_slopes is None or alibi_slopes.dim() == 1 else alibi_slopes.shape[1]
         self._front = (
             window_left if window_left >= 0 else EVERY_KEY, softcap,
-            address("alibi_slopes", alibi_slopes, F32), alibi_batch, self._sinks_address,
+            address("alibi_slopes", alibi_slopes, F32), alibi_batch, sinks_address,
         )  # fmt: skip
         cu = address("cu_seqlens_q", cu_seqlens_q, torch.int32), address("cu_seqlens_k", cu_seqlens_k, torch.int32)
+        self.sequences: tuple[int, int, int] | None = None
+        """How many are packed, and the longest of queries and keys."""
         if cu_seqlens_q is not None:
-            self.batch = cu_seqlens_q.shape[0] - 1
-            self.s = extension().attention_longest(cu[0], self.batch, self.s)
-            self.t = extension().attention_longest(cu[1], self.batch, self.t)
+            n, longest = cu_seqlens_q.shape[0] - 1, extension().attention_longest
+            self.sequences = (n, longest(cu[0], n, s), longest(cu[1], n, t))
         self._back = (
             address("documents_q", documents_q, torch.int32, torch.int64),
             address("documents_k", documents_k, torch.int32, torch.int64),
             documents_q is not None and documents_q.dtype is torch.int64,
-            *cu, self.batch, self.s, self.t,
+            *cu, *(self.sequences or (0, 0, 0)),
         )  # fmt: skip
 
-    def given(self, dsinks: Tensor | None = None) -> tuple[Any, ...] | None:
-        return (*self._front, address("dsinks", dsinks, F32), *self._back) if self.used else None
+    def given(self, dsinks: int = 0) -> tuple[Any, ...]:
+        return (*self._front, dsinks, *self._back)
 
 
 def forward(
@@ -114,23 +98,23 @@ def forward(
 ) -> tuple[Tensor, Tensor]:
     dtype, (b, h, s, d), (hk, t, dv) = q.dtype, q.shape, v.shape[1:]
     q, k, v = _dense(q), _dense(k), _dense(v)
-    options = _Options(q, k, sinks, alibi_slopes, documents_q, documents_k, cu_seqlens_q, cu_seqlens_k, window_left,
-                       softcap)  # fmt: skip
+    options = None
+    if not (sinks is alibi_slopes is documents_q is cu_seqlens_q is None and window_left < 0 and softcap == 0):
+        options = _Options(s, t, sinks, alibi_slopes, documents_q, documents_k, cu_seqlens_q, cu_seqlens_k, window_left,
+                           softcap)  # fmt: skip
     out, lse = _like(q, dv), empty((b, h, s), F32)
     mask, mask_address, mask_type, mask_strides = _mask(mask, (b, h, s, t))
     team = threads()
-    scratch = empty((extension().attention_forward_scratch(d, dv, team),), F32)
-    extension().attention_forward(
-        DTYPES[dtype],
-        address("q", q, dtype, contiguous=False), q.stride(),
-        address("k", k, dtype, contiguous=False), k.stride(),
-        address("v", v, dtype, contiguous=False), v.stride(),
-        mask_address, mask_type, mask_strides,
-        address("seed", seed, torch.int64),
-        address("out", out, dtype, contiguous=False), out.stride(),
-        address("lse", lse, F32), address("scratch", scratch, F32),
-        b, h, hk, s, t, d, dv, *_right(causal, window_right), options.given(), scale, dropout, team,
-    )  # fmt: skip
+    with workspace(extension().attention_forward_scratch(s, d, dv, team)) as scratch:
+        extension().attention_forward(
+            DTYPES[dtype],
+            address("q", q, dtype, contiguous=False), q.stride(),
+            address("k", k, dtype, contiguous=False), k.stride(),
+            address("v", v, dtype, contiguous=False), v.stride(),
+            mask_address, mask_type, mask_strides, address("seed", seed, torch.int64),
+            output(out), out.stride(), output(lse), output(scratch),
+            b, h, hk, s, t, d, dv, *_right(causal, window_right), options and options.given(), scale, dropout, team,
+        )  # fmt: skip
     return out, lse
 
 
@@ -166,34 +150,33 @@ def backward(
     dlse = None if dlse is None else dlse.contiguous()
     dq, dk, dvalue = (_like(q, d), _like(k, d), _like(v, dv)) if into is None else into
     bias_strides: tuple[int, ...] = NONE
-    dbias = empty((0,), F32)
+    dbias = nothing(F32)
     if needs_bias:
         assert mask is not None
         dbias = empty(mask.shape, F32).zero_()
         bias_strides = dbias.expand(b, h, s, t).stride()
     mask, mask_address, mask_type, mask_strides = _mask(mask, (b, h, s, t))
     team = threads()
-    options = _Options(q, k, sinks, alibi_slopes, documents_q, documents_k, cu_seqlens_q, cu_seqlens_k, window_left,
-                       softcap)  # fmt: skip
-    dsinks = None if sinks is None else empty((h,), F32)
-    size = extension().attention_scratch(options.batch, h, hk, options.s, options.t, d, dv, team)
-    scratch = empty((size,), F32)
-    extension().attention_backward(
-        DTYPES[dtype],
-        address("q", q, dtype, contiguous=False), q.stride(),
-        address("k", k, dtype, contiguous=False), k.stride(),
-        address("v", v, dtype, contiguous=False), v.stride(),
-        mask_address, mask_type, mask_strides,
-        address("seed", seed, torch.int64),
-        address("out", out, dtype, contiguous=False), out.stride(),
-        address("dout", dout, dtype, contiguous=False), dout.stride(),
-        address("lse", lse, F32), address("dlse", dlse, F32),
-        address("dq", dq, dtype, contiguous=False), dq.stride(),
-        address("dk", dk, dtype, contiguous=False), dk.stride(),
-        address("dv", dvalue, dtype, contiguous=False), dvalue.stride(),
-        address("dbias", dbias if needs_bias else None, F32), bias_strides,
-        address("scratch", scratch, F32),
-        b, h, hk, s, t, d, dv, *_right(causal, window_right), options.given(dsinks), scale, dropout,
-        team,
-    )  # fmt: skip
-    return dq, dk, dvalue, dbias, empty((0,), F32) if dsinks is None else dsinks
+    dsinks = empty((0 if sinks is None else h,), F32)
+    options, longest = None, (b, s, t)
+    if not (sinks is alibi_slopes is documents_q is cu_seqlens_q is None and window_left < 0 and softcap == 0):
+        options = _Options(s, t, sinks, alibi_slopes, documents_q, documents_k, cu_seqlens_q, cu_seqlens_k, window_left,
+                           softcap)  # fmt: skip
+        longest = options.sequences or longest
+    size = extension().attention_scratch(longest[0], h, hk, longest[1], longest[2], d, dv, team)
+    with workspace(size) as scratch:
+        extension().attention_backward(
+            DTYPES[dtype],
+            address("q", q, dtype, contiguous=False), q.stride(),
+            address("k", k, dtype, contiguous=False), k.stride(),
+            address("v", v, dtype, contiguous=False), v.stride(),
+            mask_address, mask_type, mask_strides, address("seed", seed, torch.int64),
+            address("out", out, dtype, contiguous=False), out.stride(),
+            address("dout", dout, dtype, contiguous=False), dout.stride(),
+            address("lse", lse, F32), address("dlse", dlse, F32),
+            output(dq), dq.stride(), output(dk), dk.stride(), output(dvalue), dvalue.stride(),
+            output(dbias) if needs_bias else 0, bias_strides, output(scratch),
+            b, h, hk, s, t, d, dv, *_right(causal, window_right),
+            options and options.given(0 if sinks is None else output(dsinks)), scale, dropout, team,
+        )  # fmt: skip
+    return dq, dk, dvalue, dbias, dsinks
