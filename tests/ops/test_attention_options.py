@@ -100,6 +100,7 @@ CASES = [
     option(1, 130, "bottom-right", sinks="q", H=8),
     option(2, 130, "bottom-right", "bool (B,1,1,T)", window=(60, 0), sinks="q", B=2),
     option(2, 97, "bottom-right", alibi="H", softcap=1.0),
+    option(1, 700, "bottom-right", window=(600, 0), H=12, Hk=1, sinks="float32"),  # keys shared among threads
     # head dims of no particular size
     option(9, 17, True, D=1, Dv=1, window=(4, 0), sinks="float32"),
     option(17, 20, True, D=40, Dv=80, window=(4, 0), alibi="H"),
@@ -301,16 +302,21 @@ def test_a_row_of_nan_stays_within_its_window(backend: str) -> None:
 
 @takes("window", "softcap", "alibi_slopes", "sinks", "documents")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_same_bits_again(backend: str, dtype: torch.dtype) -> None:
+def test_same_bits_again_and_for_any_thread_count(backend: str, dtype: torch.dtype) -> None:
     problem = make_problem(EVERYTHING._replace(B=1, S=70, T=90, window=(40, 0)), dtype)
 
     def run(*tensors: Tensor, **options: Any) -> Tensor:
         torch.manual_seed(0)
         return ops.attention(*tensors, **options)
 
+    results = []
     with on(backend):
-        (first, first_grads), (second, second_grads) = problem.run(run), problem.run(run)
-    assert_same_bits([*first, *first_grads], [*second, *second_grads])
+        for threads in (2, 1, 3) if backend.startswith("cpu") else (2, 2):
+            torch.set_num_threads(threads)
+            out, grads = problem.run(run)
+            results.append([*out, *grads])
+    for other in results[1:]:
+        assert_same_bits(results[0], other)
 
 
 @takes("window", "softcap", "alibi_slopes", "sinks", "documents")
