@@ -145,13 +145,14 @@ void adam_norm(DType dtype, const int64_t* grads, const int64_t* sizes, int64_t 
 
 /// One step of Adam on `count` parameters of `dtype`; decay is decoupled (AdamW) or added to the gradient.
 /// table: [11, count]: elements; then addresses of the step (float32, incremented here), the parameter, exp_avg,
-/// exp_avg_sq, max_exp_avg_sq or 0, master copy or 0 (all float32 but the parameter); the seed of stochastic rounding;
-/// addresses of the largest magnitudes of 8-bit exp_avg and exp_avg_sq or 0, of a shadow of shadow_dtype (of a float32
-/// parameter) or 0. A row of addresses is 0 for all tensors or for none. grads: addresses, of `dtype` or float32; each
-/// is multiplied by grad_scale (negative to maximise).
-void adam_step(DType dtype, DType grad_dtype, DType shadow_dtype, const int64_t* table, const int64_t* grads,
-               int64_t count, double lr, double beta1, double beta2, double eps, double weight_decay, bool decoupled,
-               double grad_scale, bool stochastic, int threads);
+/// exp_avg_sq, max_exp_avg_sq or 0, master copy or 0 (all float32 but the parameter and, where moment_dtype says so,
+/// beside bfloat16 parameters alone, bfloat16 moments); the seed of stochastic rounding; addresses of the largest
+/// magnitudes of 8-bit exp_avg and exp_avg_sq or 0, of a shadow of shadow_dtype (of a float32 parameter) or 0. A row of
+/// addresses is 0 for all tensors or for none. grads: addresses, of `dtype` or float32; each is multiplied by
+/// grad_scale (negative to maximise).
+void adam_step(DType dtype, DType grad_dtype, DType moment_dtype, DType shadow_dtype, const int64_t* table,
+               const int64_t* grads, int64_t count, double lr, double beta1, double beta2, double eps,
+               double weight_decay, bool decoupled, double grad_scale, bool stochastic, int threads);
 
 // --- cross_entropy --------------------------------------------------------------------------------------------------
 // M rows of V logits, last dimension contiguous; *_stride is the distance between rows in elements. The formula stands

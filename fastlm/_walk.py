@@ -142,9 +142,10 @@ class Tensors:
         self.count = len(params)
         self.amsgrad, self.masters, self.stochastic = bool(max_exp_avg_sqs), bool(master_params), bool(seeds)
         self.bits = 8 if exp_avg_absmaxes else 32
+        self.moment_dtype = exp_avgs[0].dtype  # float32, bfloat16, or uint8: codes
         self.shadow_dtype = shadow_params[0].dtype if shadow_params else F32
         self.walk = Walk(params)
-        state = torch.uint8 if exp_avg_absmaxes else F32
+        state = self.moment_dtype
         lists = {
             "step": (steps, F32), "param": (params, self.dtype), "exp_avg": (exp_avgs, state),
             "exp_avg_sq": (exp_avg_sqs, state), "max_exp_avg_sq": (max_exp_avg_sqs, F32),

@@ -115,6 +115,22 @@ inline Vec round_randomly(Vec x, UInt random, float16) {
 }
 inline Vec round_randomly(Vec x, UInt, float) { return x; }
 
+/// What bfloat16 moments are rounded with: to nearest, a second moment would never decay (beta2 = 0.999 moves it by
+/// less than half an ulp). One hash for both moments of an element, the upper and the lower half.
+inline Key moment_key(uint64_t seed, uint64_t step, uint64_t high) {
+  return make_key(seed + 0x632be59bd9b4e019u, step, high);
+}
+template <class N>
+inline void store_moments(float* m, float* v, Vec first, Vec second, UInt, N n) {
+  store(m, first, n);
+  store(v, second, n);
+}
+template <class N>
+inline void store_moments(bfloat16* m, bfloat16* v, Vec first, Vec second, UInt random, N n) {
+  store(m, round_randomly(first, random, bfloat16{}), n);
+  store(v, round_randomly(second, random << 16, bfloat16{}), n);
+}
+
 // --- the step -------------------------------------------------------------------------------------------------------
 
 /// While it lives, this thread takes subnormal numbers for zero. Moments of rows that get no gradient (rare tokens)
@@ -140,7 +156,7 @@ enum Rounding { NEAREST, MASTER, STOCHASTIC };
 struct Tensor {  // one tensor's part of the call
   void* param;
   const void* grad;
-  void *exp_avg, *exp_avg_sq;  // float, or codes
+  void *exp_avg, *exp_avg_sq;  // float, bfloat16 or codes
   float *max_exp_avg_sq, *master, *exp_avg_absmax, *exp_avg_sq_absmax;
   void* shadow;
   uint64_t seed, step;
@@ -260,12 +276,14 @@ class Weights {
   uint32_t index;
 };
 
-template <bool FAST, bool AMSGRAD, Rounding ROUNDING, class P, class G, class S>
+template <bool FAST, bool AMSGRAD, Rounding ROUNDING, class P, class G, class M, class S>
 void step_block(const Tensor& t, Scalars c, int64_t offset, int64_t count) {
   const Weights<ROUNDING, P, S> weights(t, offset);
   const G* const g = static_cast<const G*>(t.grad) + offset;
-  float* const m = static_cast<float*>(t.exp_avg) + offset;
-  float* const v = static_cast<float*>(t.exp_avg_sq) + offset;
+  M* const m = static_cast<M*>(t.exp_avg) + offset;
+  M* const v = static_cast<M*>(t.exp_avg_sq) + offset;
+  constexpr bool LOW = !std::is_same_v<M, float>;
+  const Key key = LOW ? moment_key(t.seed, t.step, uint64_t(offset) >> 32) : Key{};
   float* const peak = AMSGRAD ? t.max_exp_avg_sq + offset : nullptr;
   for_vectors(count, [&](int64_t i, auto n) {
     weights.ahead(i);
@@ -278,8 +296,7 @@ void step_block(const Tensor& t, Scalars c, int64_t offset, int64_t count) {
       highest = load(peak + i, n);
     }
     const Vec w = advance<FAST, AMSGRAD>(c, weights.read(i, n), load(g + i, n), first, second, highest);
-    store(m + i, first, n);
-    store(v + i, second, n);
+    store_moments(m + i, v + i, first, second, LOW ? random_bits(uint32_t(offset + i), key) : UInt{}, n);
     if constexpr (AMSGRAD) store(peak + i, highest, n);
     weights.write(i, w, n);
   });
@@ -369,7 +386,7 @@ void with_flag_if(bool flag, F f) {
 }
 
 struct Options {
-  bool fast, amsgrad, codes;
+  bool fast, amsgrad, codes, low_moments;
 };
 
 /// run(step): step(tensor, scalars, offset, count) is the instance these options ask for.
@@ -385,7 +402,11 @@ void choose(const Options& o, F run) {
         step_codes<fast.value, ROUNDING, P, G, S>(t, c, signed_book, book, offset, n);
       });
     }
-    with_flag(o.amsgrad, [&](auto amsgrad) { run(step_block<fast.value, amsgrad.value, ROUNDING, P, G, S>); });
+    with_flag(o.amsgrad, [&](auto amsgrad) {
+      if constexpr (std::is_same_v<P, bfloat16>)
+        if (o.low_moments) return run(step_block<fast.value, amsgrad.value, ROUNDING, P, G, bfloat16, S>);
+      run(step_block<fast.value, amsgrad.value, ROUNDING, P, G, float, S>);
+    });
   });
 }
 
@@ -424,9 +445,9 @@ void adam_norm(DType dtype, const int64_t* grads, const int64_t* sizes, int64_t 
   *result = squares;
 }
 
-void adam_step(DType dtype, DType grad_dtype, DType shadow_dtype, const int64_t* table, const int64_t* grads,
-               int64_t count, double lr, double beta1, double beta2, double eps, double weight_decay, bool decoupled,
-               double grad_scale, bool stochastic, int threads) {
+void adam_step(DType dtype, DType grad_dtype, DType moment_dtype, DType shadow_dtype, const int64_t* table,
+               const int64_t* grads, int64_t count, double lr, double beta1, double beta2, double eps,
+               double weight_decay, bool decoupled, double grad_scale, bool stochastic, int threads) {
   const auto row = [=](int r, int64_t t) { return table[r * count + t]; };
   const auto floats = [=](int r, int64_t t) { return reinterpret_cast<float*>(row(r, t)); };
   const int64_t* const sizes = table;
@@ -435,7 +456,7 @@ void adam_step(DType dtype, DType grad_dtype, DType shadow_dtype, const int64_t*
   // What is below 2^-63 is nothing beside eps: it is flushed, and an approximate inverse of eps is finite. Without eps
   // it could count. The portable conversion of float16 (W = 4) passes through subnormal numbers.
   const bool small = eps >= 1e-12, flush = small && (W > 4 || dtype != DType::float16);
-  Options options{small, false, false};
+  Options options{small, false, false, moment_dtype == DType::bfloat16};
   bool master = false, shadow = false;  // for all, but tensors without elements have no addresses
   for (int64_t t = 0; t < count; ++t) {
     float* const step = reinterpret_cast<float*>(row(1, t));

@@ -44,7 +44,8 @@ def forward(
     scale = 1.0 if grad_scale is None else 1.0 / grad_scale.item()
     prepared.walk.begin()
     extension().adam_step(
-        DTYPES[prepared.dtype], DTYPES[dtype], DTYPES[prepared.shadow_dtype],
+        DTYPES[prepared.dtype], DTYPES[dtype],
+        DTYPES.get(prepared.moment_dtype, DTYPES[torch.float32]), DTYPES[prepared.shadow_dtype],
         address_of(prepared.addresses), address_of(addresses), len(kept), float(lr), beta1, beta2, eps, weight_decay,
         decoupled, -scale if maximize else scale, prepared.stochastic, threads(),
     )  # fmt: skip

@@ -20,7 +20,7 @@ OP = Op(
     "adam",
     Backend(
         "cpu", "fastlm.native.adam", frozenset({"cpu"}), LOW_PRECISION,
-        features=frozenset({"state_bits", "shadow_params"}), missing=native.missing,
+        features=frozenset({"state_bits", "shadow_params", "bfloat16_moments"}), missing=native.missing,
     ),
     Backend(
         "triton", "fastlm.kernels.adam", _platform.DEVICES, LOW_PRECISION, features=frozenset({"state_bits"}),
@@ -98,7 +98,10 @@ class Prepared:
                 "shadow_params must be bfloat16 or float16 copies of float32 parameters, got "
                 f"{shadow_params[0].dtype} for {first.dtype}"
             )
-        moment = torch.uint8 if quantized else exact
+        low = exp_avgs[0].dtype is torch.bfloat16 if exp_avgs else False
+        if low and first.dtype is not torch.bfloat16:
+            raise ValueError(f"bfloat16 moments are for bfloat16 parameters, got {first.dtype}")
+        moment = torch.uint8 if quantized else torch.bfloat16 if low else exact
         for name, tensors, dtype in (
             ("exp_avgs", exp_avgs, moment), ("exp_avg_sqs", exp_avg_sqs, moment),
             ("max_exp_avg_sqs", max_exp_avg_sqs, exact), ("master_params", master_params, exact),
@@ -118,8 +121,8 @@ class Prepared:
                 raise ValueError(f"steps must be float32 of one element, got {step.dtype} of shape {tuple(step.shape)}")
         if rounding_seeds:
             _check_length("rounding_seeds", rounding_seeds, params)
-        features = {"state_bits"} if quantized else set()
-        self.backend = OP.select(first, backend, frozenset(features | ({"shadow_params"} if shadow_params else set())))
+        asked = {"state_bits": quantized, "shadow_params": shadow_params, "bfloat16_moments": low}
+        self.backend = OP.select(first, backend, frozenset(name for name, used in asked.items() if used))
         self._impl = OP.module(self.backend)
         self._tensors = self._impl.Prepared(
             params, exp_avgs, exp_avg_sqs, steps, max_exp_avg_sqs or (), master_params or (), rounding_seeds or (),
@@ -214,7 +217,9 @@ def adam_step(
     Args:
         params: tensors of one dtype (float32, bfloat16, float16, float64) and device; any strides.
         grads: their gradients, same shapes.
-        exp_avgs, exp_avg_sqs: moments, shapes of params, float32 (float64 for float64).
+        exp_avgs, exp_avg_sqs: moments, shapes of params, float32 (float64 for float64); bfloat16 beside bfloat16
+            parameters, rounded up or down with probability by nearness, by a hash of (rounding seed or 0, step, index):
+            to nearest, a second moment would never decay.
         steps: one float32 number for each parameter, steps done so far; "triton" and "cuda" need them on the
             parameters' device.
         max_exp_avg_sqs: like exp_avg_sqs; given, the largest second moment so far takes the second moment's place

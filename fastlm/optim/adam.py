@@ -76,8 +76,8 @@ class _Fused(torch.optim.Adam):
             raise ValueError(f"max_norm must be above 0, or None for no clipping, got {max_norm}")
         if master_weights and stochastic_rounding:
             raise ValueError("master_weights and stochastic_rounding exclude each other, got both")
-        if state_bits not in (8, 32):
-            raise ValueError(f"state_bits must be 32 or 8, got {state_bits}")
+        if state_bits not in (8, 16, 32):
+            raise ValueError(f"state_bits must be 32, 16 or 8, got {state_bits}")
         if shadow_dtype not in (None, *LOW):
             raise ValueError(f"shadow_dtype must be torch.bfloat16, torch.float16 or None, got {shadow_dtype}")
         self.state_bits = state_bits
@@ -159,11 +159,16 @@ class _Fused(torch.optim.Adam):
 
     def _quantized(self, param: Tensor, group: dict[str, Any]) -> bool:
         """Whether the moments of the parameter are kept in 8 bits."""
-        if self.state_bits == 32 or param.numel() < SMALL or param.dtype not in (torch.float32, *LOW):
+        if self.state_bits != 8 or param.numel() < SMALL or param.dtype not in (torch.float32, *LOW):
             return False
         if group["amsgrad"]:
             raise ValueError("state_bits=8 and amsgrad exclude each other, got both")
         return True
+
+    def _moment_dtype(self, param: Tensor) -> torch.dtype:
+        """Of moments that are not codes."""
+        low = self.state_bits == 16 and param.dtype is torch.bfloat16
+        return torch.bfloat16 if low else state_dtype(param)
 
     def _prepare(self, params: list[Tensor], group: dict[str, Any]) -> _Call:
         if not params[0].is_floating_point():
@@ -174,7 +179,9 @@ class _Fused(torch.optim.Adam):
         amsgrad, low = group["amsgrad"], params[0].dtype in LOW
         master, stochastic = self.master_weights and low, self.stochastic_rounding and low
         quantized = self._quantized(params[0], group)
-        backend = OP.select(params[0], features=frozenset({"state_bits"}) if quantized else frozenset())
+        low_moments = self._moment_dtype(params[0]) is torch.bfloat16
+        features = {"state_bits"} if quantized else {"bfloat16_moments"} if low_moments else set()
+        backend = OP.select(params[0], features=frozenset(features))
         for param in params:
             self._complete(param, group, backend, amsgrad, master, stochastic)
         states = [self.state[p] for p in params]
@@ -215,7 +222,7 @@ class _Fused(torch.optim.Adam):
         self, param: Tensor, group: dict[str, Any], backend: str, amsgrad: bool, master: bool, stochastic: bool
     ) -> None:
         """Makes what the state of a parameter lacks: at its first step, or when state of another kind was loaded."""
-        state, dtype = self.state[param], state_dtype(param)
+        state, dtype, moment = self.state[param], state_dtype(param), self._moment_dtype(param)
         there = group["capturable"] or group["fused"] or backend in ("triton", "cuda")
         step = state.get("step")
         if step is None:
@@ -229,7 +236,7 @@ class _Fused(torch.optim.Adam):
             elif f"{key}_codes" in state:
                 state[key] = dequantize(state.pop(f"{key}_codes"), state.pop(f"{key}_absmax"), signed=signed)
             elif key not in state:
-                state[key] = torch.zeros_like(param, dtype=dtype, memory_format=torch.preserve_format)
+                state[key] = torch.zeros_like(param, dtype=moment, memory_format=torch.preserve_format)
         if amsgrad and "max_exp_avg_sq" not in state:
             state["max_exp_avg_sq"] = torch.zeros_like(param, dtype=dtype, memory_format=torch.preserve_format)
         if master and "master_param" not in state:
@@ -237,8 +244,9 @@ class _Fused(torch.optim.Adam):
         if stochastic and "rounding_seed" not in state:
             state["rounding_seed"] = torch.randint(2**63 - 1, (), dtype=torch.int64, device="cpu")
         for key in EXACT:
-            if key in state and state[key].dtype is not dtype:
-                state[key] = state[key].to(dtype)
+            wanted = moment if key in MOMENTS else dtype
+            if key in state and state[key].dtype is not wanted:
+                state[key] = state[key].to(wanted)
 
     @staticmethod
     def _quantize(param: Tensor, state: dict[str, Any], key: str, signed: bool) -> None:
@@ -311,18 +319,21 @@ _OWN_ARGUMENTS = """
         stochastic_rounding: bfloat16 and float16 parameters are rounded up or down with probability by nearness: the
             mean moves right without copies. Reproducible: the bits depend on the seed in the state ("rounding_seed",
             drawn from torch's generator at the first step), the step and the element.
-        state_bits: 32, or 8 for moments of 8 bits in blocks of 256 elements with a float32 scale each (Dettmers et al.
-            2021, arXiv:2110.02861): 2.03 bytes a parameter in place of 8. In the state they are "exp_avg_codes" and
-            "exp_avg_absmax", and so for "exp_avg_sq". Parameters of fewer than 4096 elements and float64 ones keep
-            wide moments. States of either kind load into an optimizer of the other, which converts them at its next
-            step; torch.optim's cannot read 8-bit ones. Not with amsgrad.
+        state_bits: 32; 16 for moments of bfloat16 parameters in bfloat16, 4 bytes a parameter in place of 8: as torch
+            keeps them, but rounded up or down with probability by nearness, so that the second moment decays; or 8 for
+            moments of 8 bits in blocks of 256 elements with a float32 scale each (Dettmers et al. 2021,
+            arXiv:2110.02861): 2.03 bytes a parameter. Those are "exp_avg_codes" and "exp_avg_absmax" in the state, and
+            so for "exp_avg_sq"; parameters of fewer than 4096 elements and float64 ones keep wide moments; not with
+            amsgrad. States of any kind load into an optimizer of another, which converts them at its next step;
+            torch.optim's cannot read 8-bit ones.
         shadow_dtype: bfloat16 or float16: the step leaves a copy of every float32 parameter in this dtype beside it,
             for fastlm's layers under torch.autocast, which then cast no weight. 2 bytes a parameter; made at the first
             step, not in the state dict. A parameter changed since by an in-place operation on it (load_state_dict,
             torch.nn.init) or given other memory (`p.data = ...`) is cast as ever until the next step. A write into
             `p.data`, which autograd does not notice either, leaves the copy as it was until then.
 
-    Differences: moments of bfloat16 and float16 parameters are float32 (torch keeps them in the parameter's dtype);
+    Differences: moments of bfloat16 and float16 parameters are float32 unless state_bits says otherwise (torch keeps
+    them in the parameter's dtype);
     state dicts load both ways all the same. `grad_scale` and `found_inf`, set by torch.amp.GradScaler, are honoured;
     p.grad is left as it came, neither unscaled nor clipped. foreach is accepted and chooses nothing here; fused and
     capturable say that "step" lies on the parameter's device, where the GPU backends always keep it. These never

@@ -65,11 +65,19 @@ def forward(
         if prepared.exp_avg_absmaxes:
             first = dequantize(first, prepared.exp_avg_absmaxes[i], signed=True)
             second = dequantize(second, prepared.exp_avg_sq_absmaxes[i], signed=False)
+        low = first.dtype is torch.bfloat16
+        if low:
+            first, second = first.float(), second.float()
         first.lerp_(grad, 1 - beta1)
         second.mul_(beta2).addcmul_(grad, grad, value=1 - beta2)
         if prepared.exp_avg_absmaxes:
             quantize(first, prepared.exp_avgs[i], prepared.exp_avg_absmaxes[i], signed=True)
             quantize(second, prepared.exp_avg_sqs[i], prepared.exp_avg_sq_absmaxes[i], signed=False)
+        if low:
+            seed = prepared.seeds[i] if prepared.seeds else 0
+            random = _random_bits(param, (seed + 0x632BE59BD9B4E019) & U64, int(step))
+            prepared.exp_avgs[i].copy_(_round_randomly(first, random, torch.bfloat16))
+            prepared.exp_avg_sqs[i].copy_(_round_randomly(second, (random << 16) & U32, torch.bfloat16))
         if prepared.max_exp_avg_sqs:
             second = torch.maximum(prepared.max_exp_avg_sqs[i], second, out=prepared.max_exp_avg_sqs[i])
         update = first / (second.sqrt() / math.sqrt(1 - beta2**step) + eps) * (lr / (1 - beta1**step))

@@ -7,11 +7,11 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
 
 import fastlm
 from fastlm import ops
 from fastlm.ops.adam import OP, Prepared
+from tests.ops.adam_problem import LOW, Problem, duplicate, make, quantized
 from tests.ops.harness import (
     BACKENDS,
     FORWARD,
@@ -24,43 +24,6 @@ from tests.ops.harness import (
     refuses,
     sizes,
 )  # fmt: skip
-
-SHAPES = sizes(
-    [(3, 5), (), (0,), (8192,), (8193,), (2, 8191), (40_000,), (16,)],
-    [(3, 5), (), (0,), (1024,), (1025,), (2, 511), (4097,), (16,)],
-)
-LOW = pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bfloat16", "float16"])
-
-
-class Problem:
-    """Parameters, gradients and state as adam_step takes them."""
-
-    def __init__(self, params: list[Tensor], *, amsgrad: bool = False, masters: bool = False, seeds: bool = False):
-        dtype = torch.float64 if params[0].dtype is torch.float64 else torch.float32
-        self.params = [p.clone() for p in params]
-        self.exp_avgs = [torch.zeros_like(p, dtype=dtype) for p in params]
-        self.exp_avg_sqs = [torch.zeros_like(p, dtype=dtype) for p in params]
-        self.steps = [torch.zeros(()) for _ in params]
-        self.options: dict[str, Any] = {}
-        if amsgrad:
-            self.options["max_exp_avg_sqs"] = [torch.zeros_like(p, dtype=dtype) for p in params]
-        if masters:
-            self.options["master_params"] = [p.to(dtype) for p in params]
-        if seeds:
-            self.options["rounding_seeds"] = [1000 + i for i in range(len(params))]
-
-    def step(self, grads: list[Tensor], **options: Any) -> None:
-        ops.adam_step(
-            self.params, grads, self.exp_avgs, self.exp_avg_sqs, self.steps, **{"lr": 1e-2, **self.options, **options}
-        )
-
-    def tensors(self) -> list[Tensor]:
-        lists = [v for k, v in self.options.items() if k != "rounding_seeds"]
-        return [t for ts in (self.params, self.exp_avgs, self.exp_avg_sqs, self.steps, *lists) for t in ts]
-
-
-def make(dtype: torch.dtype, shapes: list[tuple[int, ...]] = SHAPES) -> list[Tensor]:
-    return [torch.randn(shape).to(dtype) for shape in shapes]
 
 
 @each_backend
@@ -354,113 +317,6 @@ def test_norm_over_dtypes() -> None:
     torch.testing.assert_close(actual, expected, rtol=1e-6, atol=0)
 
 
-# --- 8-bit states ----------------------------------------------------------------------------------------------------
-
-BITS = frozenset({"state_bits"})
-
-
-def quantized(params: list[Tensor], scale: float = 1.0) -> Problem:
-    """A problem whose moments are codes of random ones."""
-    problem = Problem(params)
-    problem.options["exp_avg_absmaxes"], problem.options["exp_avg_sq_absmaxes"] = [], []
-    for i, p in enumerate(params):
-        mean = torch.randn_like(p, dtype=torch.float32) * 0.1 * scale
-        square = torch.randn_like(mean).square() * scale**2
-        problem.exp_avgs[i], absmax = ops.adam.quantize(mean, signed=True)
-        problem.options["exp_avg_absmaxes"].append(absmax)
-        problem.exp_avg_sqs[i], absmax = ops.adam.quantize(square, signed=False)
-        problem.options["exp_avg_sq_absmaxes"].append(absmax)
-    return problem
-
-
-def duplicate(problem: Problem) -> Problem:
-    return copy.deepcopy(problem)
-
-
-def test_code_books() -> None:
-    for signed in (True, False):
-        book, _ = ops.adam.blockwise.code_book(signed, torch.device("cpu"))
-        edges = [torch.linspace(0.1, 1, 2 ** (i + (0 if signed else 1)) + 1, dtype=torch.float64) for i in range(7)]
-        values = torch.cat([(e[1:] + e[:-1]) / 2 * 10.0 ** (i - 6) for i, e in enumerate(edges)])
-        zero, one = torch.zeros(1, dtype=torch.float64), torch.ones(1, dtype=torch.float64)
-        expected = torch.cat([-values, zero, values, one] if signed else [zero, values, one]).sort().values
-        assert len(book) == 256
-        torch.testing.assert_close(book.double(), expected, rtol=2e-7, atol=0)
-        for values in (torch.randn(1000), torch.randn(1000) * 1e-30, torch.randn(3, 500).t(), torch.zeros(300)):
-            moment = values if signed else values.abs()
-            codes, absmax = ops.adam.quantize(moment, signed=signed)
-            back = ops.adam.dequantize(codes, absmax, signed=signed)
-            assert back.stride() == moment.stride() and codes.dtype is torch.uint8
-            assert len(absmax) == -(-moment.numel() // 256)
-            scale = moment.abs().max()
-            assert bool(((back - moment).abs() <= (0.0072 if signed else 0.0036) * scale).all())
-            again, _ = ops.adam.quantize(back, signed=signed)
-            assert signed or torch.equal(again, codes)  # -1 is no code: a largest magnitude below zero shrinks
-    tiny = torch.tensor([1.0, 1e-12, 0.0])
-    codes, _ = ops.adam.quantize(tiny, signed=False)
-    assert codes.tolist() == [255, 1, 0]  # a second moment above zero never becomes zero
-    codes, absmax = ops.adam.quantize(torch.tensor([1.0, float("nan")]), signed=True)
-    assert bool(ops.adam.dequantize(codes, absmax, signed=True).isnan().all())
-
-
-@each_backend
-@each_dtype
-def test_8_bit_states(backend: str, dtype: torch.dtype) -> None:
-    """The step of the reference, with codes at most one off where rounding differs; decoded, that of float32 states."""
-    params, grads = make(dtype), make(dtype)
-    ours = quantized(params)
-    if refuses(OP, backend, params[0], BITS):
-        with on(backend), pytest.raises(fastlm.UnsupportedError, match="no state_bits"):
-            ours.step(grads)
-        return
-    theirs, wide = duplicate(ours), Problem(params)
-    names = (("exp_avgs", True), ("exp_avg_sqs", False))
-    for name, signed in names:
-        for codes, absmax, moment in zip(
-            getattr(ours, name), ours.options[f"{name[:-1]}_absmaxes"], getattr(wide, name), strict=True
-        ):
-            moment.copy_(ops.adam.dequantize(codes, absmax, signed=signed))
-    options = {"weight_decay": 0.1, "decoupled": True, "grad_scale": torch.tensor(2.0)}
-    with on(backend):
-        ours.step(grads, **options)
-    theirs.step(grads, backend="reference", **options)
-    wide.step(grads, backend="reference", **options)
-    torch.testing.assert_close(ours.params, wide.params, rtol=2 * torch.finfo(dtype).eps, atol=1e-6)
-    for name, signed in names:
-        for codes, expected, absmax, moment in zip(
-            getattr(ours, name), getattr(theirs, name), ours.options[f"{name[:-1]}_absmaxes"], getattr(wide, name),
-            strict=True,
-        ):  # fmt: skip
-            off = (codes.int() - expected.int()).abs()
-            assert off.numel() == 0 or (off.max() <= 1 and (off > 0).sum() <= 1 + 1e-3 * off.numel())
-            back = ops.adam.dequantize(codes, absmax, signed=signed)
-            largest = absmax.repeat_interleave(256)[: moment.numel()].view(moment.shape)
-            assert bool(((back - moment).abs() <= 0.0072 * largest + 1e-12).all())
-    before = [t.clone() for t in ours.tensors()]
-    with on(backend):
-        ours.step(grads, found_inf=torch.tensor(1.0))
-    assert_same_bits(ours.tensors(), before)
-
-
-@each_backend
-def test_8_bit_states_in_the_order_of_the_parameter(backend: str) -> None:
-    values, grad = torch.randn(40, 130), torch.randn(40, 130)
-    if refuses(OP, backend, values, BITS):
-        return
-    plain = quantized([values.t().contiguous()])
-    turned = duplicate(plain)
-    for tensors in (turned.params, turned.exp_avgs, turned.exp_avg_sqs):
-        tensors[0] = tensors[0].t()
-    with on(backend):
-        plain.step([grad.t()])
-        turned.step([grad])
-    assert torch.equal(turned.params[0], plain.params[0].t())
-    assert torch.equal(turned.exp_avgs[0], plain.exp_avgs[0].t())
-    turned.params[0] = turned.params[0].contiguous()
-    with on(backend), pytest.raises(ValueError, match="strides"):
-        turned.step([grad])
-
-
 # --- the tables of the Triton kernels --------------------------------------------------------------------------------
 
 triton_alone = pytest.mark.parametrize("backend", [b for b in BACKENDS if b == "triton"])
@@ -562,6 +418,7 @@ def call(change: dict[str, Any]) -> None:
         ({"grads": [torch.ones(2, 3, dtype=torch.int64)]}, TypeError, "grad must be"),
         ({"params": [torch.ones(2, 3, dtype=torch.int64)]}, TypeError, "params must be floating point"),
         ({"backend": "gpu"}, ValueError, "backend must be one of"),
+        ({"exp_avgs": [torch.ones(2, 3).bfloat16()]}, ValueError, "bfloat16 moments are for bfloat16 parameters"),
         ({"exp_avg_absmaxes": [torch.ones(1)]}, ValueError, "exp_avg_sq_absmaxes must hold 1"),
         ({"shadow_params": [torch.ones(2, 3)]}, ValueError, "shadow_params must be bfloat16 or float16"),
         ({"shadow_params": [torch.ones(3).bfloat16()]}, ValueError, r"shadow_params must be \(2, 3\)"),

@@ -120,6 +120,25 @@ def test_state_dicts_load_both_ways(ours: Any, theirs: Any, saved_in: torch.dtyp
         assert all(bool(p.isfinite().all()) for p in params)
 
 
+def test_moments_in_bfloat16_and_back() -> None:
+    """Of bfloat16 parameters alone; loading converts both ways."""
+    params = [nn.Parameter(torch.randn(70, 130).to(d)) for d in (torch.bfloat16, torch.float32)]
+    a = optim.AdamW(params, state_bits=16)
+    give_gradients(params, seed=0)
+    a.step()
+    kinds = [{a.state[p][k].dtype for k in ("exp_avg", "exp_avg_sq")} for p in params]
+    assert kinds == [{torch.bfloat16}, {torch.float32}]
+    for bits, expected in ((32, torch.float32), (16, torch.bfloat16)):
+        b = optim.AdamW(params, lr=0.0, state_bits=bits)
+        b.load_state_dict(copy.deepcopy(a.state_dict()))
+        saved = a.state[params[0]]["exp_avg"].clone()
+        assert torch.equal(b.state[params[0]]["exp_avg"].to(torch.bfloat16), saved)
+        b.step()
+        assert b.state[params[0]]["exp_avg"].dtype is expected
+    with pytest.raises(ValueError, match="state_bits must be 32, 16 or 8"):
+        optim.AdamW(params, state_bits=4)
+
+
 def test_user_hooks_run_around_our_own() -> None:
     params = parameters()
     a = optim.AdamW(params)
@@ -552,7 +571,7 @@ def test_what_raises_changes_nothing() -> None:
         ({"max_norm": 0.0}, "max_norm must be above 0"),
         ({"max_norm": float("nan")}, "max_norm must be above 0"),
         ({"master_weights": True, "stochastic_rounding": True}, "exclude each other"),
-        ({"state_bits": 4}, "state_bits must be 32 or 8"),
+        ({"state_bits": 4}, "state_bits must be 32, 16 or 8"),
         ({"lr": -1.0}, "learning rate"),
         ({"betas": (1.0, 0.9)}, "beta"),
     ):
