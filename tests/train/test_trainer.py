@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 import torch
 
+from fastlm._shadow import find
 from fastlm.data import IGNORE, Dataset, SequentialWindows
 from fastlm.models import CausalLM
 from fastlm.train import ModelOptions, NonFiniteLossError, Progress, Reporter, Trainer, read_log
@@ -160,6 +161,19 @@ def test_bf16(make: Make) -> None:
     trainer = make(steps=3, precision="bf16")
     trainer.fit()
     assert all(p.dtype is torch.float32 for p in trainer.model.parameters())
+
+
+def test_shadows_change_nothing_but_time(make: Make) -> None:
+    """The bfloat16 copies that the optimizer writes are what autocast's casts would be."""
+    runs = [make(steps=4, precision="bf16", device="cpu") for _ in range(2)]
+    assert runs[0].optimizer.shadow_dtype is torch.bfloat16
+    runs[1].optimizer.shadow_dtype = None
+    for trainer in runs:
+        trainer.fit()
+    assert all(find(p, torch.bfloat16) is not None for p in runs[0].model.parameters())
+    assert not any(find(p, torch.bfloat16) is not None for p in runs[1].model.parameters())
+    assert equal(weights(runs[0].model), weights(runs[1].model))
+    assert make(precision="fp32").optimizer.shadow_dtype is None
 
 
 def test_the_clock_stops_a_run(make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
