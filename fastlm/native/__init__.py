@@ -17,6 +17,7 @@ import torch
 
 from fastlm._walk import rows
 from fastlm.native import _workspace
+from fastlm.native._workspace import Loan
 
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 ACTIVATIONS = {"silu": 0, "gelu": 1, "gelu_tanh": 2}
@@ -149,9 +150,9 @@ def empty(shape: Sequence[int], dtype: torch.dtype) -> torch.Tensor:
     return _allocate(shape if isinstance(shape, tuple) else tuple(shape), dtype)
 
 
-def workspace(count: int, dtype: torch.dtype = torch.float32) -> _workspace.Loan:
+def workspace(count: int, dtype: torch.dtype = torch.float32) -> Loan:
     """`with workspace(n) as scratch:` lends so many elements for a call, which must not hand them on."""
-    return _workspace.Loan(count, dtype, _allocate)
+    return Loan(count, dtype, _allocate)
 
 
 def workspace_bytes() -> int:

@@ -22,7 +22,7 @@ from ctypes import c_double
 import torch
 from torch import Tensor
 
-from fastlm.native import empty, float32, nothing
+from fastlm.native import Loan, empty, float32, nothing, workspace
 from fastlm.native.cross_entropy import (
     backward_rows,
     check_labels,
@@ -74,7 +74,6 @@ class _Head:
         self.bias = None if bias is None else bias.to(hidden.dtype)
         (m, c), v = hidden.shape, weight.shape[0]
         self.chunks = list(chunks(m, v))
-        self.buffer = empty((self.chunks[0].stop if m else 0, v), hidden.dtype)
         self.dhidden = empty((m, c) if needs[0] else (0,), hidden.dtype)
         self.dweight = empty((v, c) if needs[1] else (0,), torch.float32)
         self.dbias = empty((v,) if needs[2] else (0,), torch.float32)
@@ -83,9 +82,15 @@ class _Head:
             self.dweight.zero_()
             self.dbias.zero_()
 
-    def logits(self, rows: slice) -> Tensor:
-        out = self.buffer[: rows.stop - rows.start]
-        return _logits(self.hidden[rows], self.weight, self.bias, out)
+    def room(self) -> Loan:
+        """For a chunk's logits."""
+        rows = self.chunks[0].stop if self.chunks else 0
+        return workspace(rows * self.weight.shape[0], self.hidden.dtype)
+
+    def logits(self, rows: slice, room: Tensor) -> Tensor:
+        """The logits of these rows, which lie in the room."""
+        m, v = rows.stop - rows.start, self.weight.shape[0]
+        return _logits(self.hidden[rows], self.weight, self.bias, room[: m * v].view(m, v))
 
     def add(self, rows: slice, dlogits: Tensor) -> None:
         """Takes a chunk's share of the gradients. The first chunk stores, so that nothing needs to be zeroed."""
@@ -119,14 +124,17 @@ class _Slices:
     def __init__(self, hidden: Tensor, weight: Tensor, bias: Tensor | None) -> None:
         self.hidden, self.weight, self.bias = hidden, weight, bias
         self.slices = slices(hidden.shape[0], weight.shape[0])
-        self.room = empty((hidden.shape[0] * self.slices[0].stop,), hidden.dtype)
 
-    def logits(self, classes: slice) -> tuple[Tensor, Tensor]:
-        """The logits of these classes, and their weight in the dtype of the products."""
+    def room(self, count: int = 1) -> Loan:
+        """For this many matrices of a slice's logits."""
+        return workspace(count * self.hidden.shape[0] * self.slices[0].stop, self.hidden.dtype)
+
+    def logits(self, classes: slice, room: Tensor) -> tuple[Tensor, Tensor]:
+        """The logits of these classes, which lie in the room, and their weight in the dtype of the products."""
         dtype, m, v = self.hidden.dtype, self.hidden.shape[0], classes.stop - classes.start
         weight = self.weight[classes].to(dtype)
         bias = None if self.bias is None else self.bias[classes].to(dtype)
-        return _logits(self.hidden, weight, bias, self.room[: m * v].view(m, v)), weight
+        return _logits(self.hidden, weight, bias, room[: m * v].view(m, v)), weight
 
 
 def _statistics(
@@ -137,9 +145,10 @@ def _statistics(
     loss, stats = empty((m,), torch.float32), empty((3, m), torch.float32)
     loss_sum, state = c_double(), empty((m, 5), torch.float64)
     head = _Slices(hidden, weight, bias)
-    for classes in head.slices:
-        logits, _ = head.logits(classes)
-        read_slice(logits, target, w, *options, state, loss, loss_sum, stats, classes.start, v)
+    with head.room() as room:
+        for classes in head.slices:
+            logits, _ = head.logits(classes, room)
+            read_slice(logits, target, w, *options, state, loss, loss_sum, stats, classes.start, v)
     return loss, loss_sum, stats
 
 
@@ -162,24 +171,24 @@ def _gradients(
     total = empty((m, c) if needs[0] else (0,), torch.float32)
     dweight = empty((v, c) if needs[1] else (0,), dtypes[0])
     dbias = empty((v,) if needs[2] else (0,), dtypes[1])
-    turned = empty((m * head.slices[0].stop,), dtype) if needs[1] else None
-    for classes in head.slices:
-        logits, part = head.logits(classes)
-        transposed = None if turned is None else turned[: logits.numel()].view(logits.shape[1], m)
-        backward_rows(dy, logits, target, w, *options, scale, stats, logits, transposed, classes.start, v)
-        if needs[0]:
-            share = logits @ part
-            if classes.start == 0:
-                total.copy_(share)
-            else:
-                total.add_(share)
-        if transposed is not None:
-            if dweight.dtype is dtype:
-                torch.mm(transposed, hidden, out=dweight[classes])
-            else:
-                dweight[classes] = transposed @ hidden
-        if needs[2]:
-            dbias[classes] = logits.sum(0, dtype=torch.float32)
+    with head.room() as room, head.room(int(needs[1])) as turned:
+        for classes in head.slices:
+            logits, part = head.logits(classes, room)
+            transposed = turned[: logits.numel()].view(logits.shape[1], m) if needs[1] else None
+            backward_rows(dy, logits, target, w, *options, scale, stats, logits, transposed, classes.start, v)
+            if needs[0]:
+                share = logits @ part
+                if classes.start == 0:
+                    total.copy_(share)
+                else:
+                    total.add_(share)
+            if transposed is not None:
+                if dweight.dtype is dtype:
+                    torch.mm(transposed, hidden, out=dweight[classes])
+                else:
+                    dweight[classes] = transposed @ hidden
+            if needs[2]:
+                dbias[classes] = logits.sum(0, dtype=torch.float32)
     return total.to(dtype), dweight, dbias
 
 
@@ -214,14 +223,15 @@ def forward(
         loss, stats = empty((m,), torch.float32), empty((3, m), torch.float32)
         loss_sum = c_double()
         head, scratch = _Head(hidden, weight, bias, needs), room(v)
-        for rows in head.chunks:
-            logits = head.logits(rows)
-            dlogits = logits if any(needs) else None
-            forward_rows(
-                logits, target[rows], w, *options, scale, loss[rows], loss_sum, stats[:, rows], dlogits, scratch
-            )  # fmt: skip
-            if dlogits is not None:
-                head.add(rows, dlogits)
+        with head.room() as chunk:
+            for rows in head.chunks:
+                logits = head.logits(rows, chunk)
+                dlogits = logits if any(needs) else None
+                forward_rows(
+                    logits, target[rows], w, *options, scale, loss[rows], loss_sum, stats[:, rows], dlogits, scratch
+                )  # fmt: skip
+                if dlogits is not None:
+                    head.add(rows, dlogits)
     return reduced(loss, loss_sum, total, reduction), stats, head.dhidden, head.dweight, head.dbias
 
 
@@ -252,8 +262,9 @@ def backward(
             inputs = (hidden, weight, bias, target, w, options)
             return _gradients(dy, *inputs, scale, stats, needs, dtypes)
         head, dy = _Head(hidden, weight, bias, needs), dy.expand(m)
-        for rows in head.chunks:
-            logits = head.logits(rows)
-            backward_rows(dy[rows], logits, target[rows], w, *options, scale, stats[:, rows], logits)
-            head.add(rows, logits)
+        with head.room() as chunk:
+            for rows in head.chunks:
+                logits = head.logits(rows, chunk)
+                backward_rows(dy[rows], logits, target[rows], w, *options, scale, stats[:, rows], logits)
+                head.add(rows, logits)
     return head.dhidden, head.dweight.to(dtypes[0]), head.dbias.to(dtypes[1])
