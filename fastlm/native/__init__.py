@@ -163,7 +163,7 @@ def workspace_bytes() -> int:
 def release_workspace() -> None:
     """Gives back the memory that the CPU kernels keep for the scratch of their next calls.
 
-    They keep at most a sixth of the most memory the process ever had, each Python thread its own, until the thread
+    They keep at most a tenth of the most memory the process ever had, each Python thread its own, until the thread
     ends. Needed only where that memory is wanted for something else.
     """
     _workspace.release()

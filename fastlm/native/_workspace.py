@@ -5,8 +5,8 @@ ones whenever glibc has trimmed its heap: more than many an op. So what an op ne
 back. Outputs never come from here: they belong to whoever called.
 
 Each Python thread keeps its own blocks, so that nothing is locked and nothing can be lent twice. A nested call gets
-other blocks. A forked child keeps the copies it got. What is held is at most a sixth of the most memory the process
-ever had, so that it grows by a fifth at most; blocks not used for the longest time go first.
+other blocks. A forked child keeps the copies it got. What is held is at most a tenth of the most memory the process
+ever had, so that what is resident grows by less than a fifth; blocks not used for the longest time go first.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from torch import Tensor
 
 SMALLEST = 1 << 18
 """Bytes below which the heap keeps blocks by itself."""
-SHARE = 6
+SHARE = 10
 
 Allocate = Callable[[Sequence[int], torch.dtype], Tensor]
 
