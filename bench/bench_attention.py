@@ -11,7 +11,7 @@ from torch import Tensor
 from bench.harness import Case, forward_only, pytest_suite
 from fastlm import ops
 
-SHAPES = [(12, 4, 64, 32), (8, 6, 256, 64), (4, 12, 1024, 64), (1, 8, 2048, 128)]
+SHAPES = [(12, 4, 64, 32), (8, 6, 256, 64), (4, 12, 1024, 64), (1, 8, 4096, 64), (1, 8, 2048, 128)]
 DTYPES = [torch.float32, torch.bfloat16]
 
 

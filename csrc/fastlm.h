@@ -260,20 +260,18 @@ constexpr int64_t ATTENTION_CHUNK = 8 * ATTENTION_TILE;  // queries that share t
 constexpr int64_t ATTENTION_FEW = 2;                     // queries of a head up to which the forward goes another way,
 constexpr int64_t ATTENTION_DECODE_ROWS = 8;             // in which so many queries share the reading of keys
 constexpr int64_t ATTENTION_DECODE_PARTS = 16;           // and keys are split among up to so many items
-/// Floats of scratch per thread.
+constexpr int64_t ATTENTION_KEYS = 8 * ATTENTION_TILE;   // keys that the AMX forward keeps packed
+constexpr int64_t ATTENTION_GROUP = 4;                   // tiles of queries that the AMX backward takes at a time
+constexpr int64_t ATTENTION_SPAN = 128;                  // keys between its additions to dQ
+constexpr int64_t ATTENTION_HELD = 1024;                 // keys that it holds in the cache at most
+/// Floats of scratch per thread in the forward.
 inline int64_t attention_forward_share(int64_t S, int64_t D, int64_t Dv) {
   if (S <= ATTENTION_FEW) return 2 * ATTENTION_DECODE_ROWS * (D + Dv + 64) + 3 * ATTENTION_TILE * ATTENTION_TILE;
-  return (ATTENTION_CHUNK / ATTENTION_TILE + 2) * (D + Dv + 66) * ATTENTION_TILE + 4 * ATTENTION_TILE * ATTENTION_TILE +
-         4 * ATTENTION_TILE;
+  return (ATTENTION_CHUNK + ATTENTION_KEYS / 2 + ATTENTION_TILE) * (D + Dv + 66) + 6 * ATTENTION_TILE * ATTENTION_TILE;
 }
 /// Floats of scratch that attention_forward needs.
 inline int64_t attention_forward_scratch(int64_t S, int64_t D, int64_t Dv, int threads) {
   return threads * attention_forward_share(S, D, Dv) + ATTENTION_DECODE_PARTS * ATTENTION_DECODE_ROWS * (Dv + 18);
-}
-/// Floats of scratch per thread.
-inline int64_t attention_backward_scratch(int64_t T, int64_t D, int64_t Dv) {
-  const int64_t rows = T + ATTENTION_TILE;
-  return (2 * rows + 5 * ATTENTION_TILE) * (D + Dv + 62) + 9 * ATTENTION_TILE * ATTENTION_TILE + 1280;
 }
 /// The longest of packed sequences, as far as they lie within `total` rows.
 inline int64_t attention_longest(const int32_t* cu_seqlens, int64_t sequences, int64_t total) {
@@ -291,12 +289,27 @@ inline int64_t attention_splits(int64_t B, int64_t H, int64_t Hk, int64_t S) {
   const int64_t wanted = heads >= 8 || pairs < 2 || heads == 0 ? 1 : (16 + heads - 1) / heads;
   return wanted < pairs || pairs < 2 ? wanted : pairs;
 }
+/// Keys that the AMX form of the backward keeps in the second-level cache, with the sums of their gradients: a multiple
+/// of ATTENTION_SPAN. (static: what is not inlined would be a weak symbol.)
+static inline int64_t attention_backward_keys(int64_t D, int64_t Dv) {
+  const int64_t keys = (1 << 17) / (D + Dv) / ATTENTION_SPAN * ATTENTION_SPAN;
+  return keys > ATTENTION_HELD ? ATTENTION_HELD : keys < ATTENTION_SPAN ? ATTENTION_SPAN : keys;
+}
+/// Floats of scratch per thread in the backward.
+static inline int64_t attention_backward_scratch(int64_t B, int64_t H, int64_t Hk, int64_t S, int64_t T, int64_t D,
+                                                 int64_t Dv) {
+  const int64_t tiles = Hk ? H / Hk * ((S + ATTENTION_TILE - 1) / ATTENTION_TILE) : 0;
+  const int64_t splits = attention_splits(B, H, Hk, S), whole = T <= attention_backward_keys(D, Dv);
+  const int64_t kept = whole ? ATTENTION_GROUP : tiles / splits + 1;  // tiles of queries whose dQ is kept
+  return (2 * (T + ATTENTION_SPAN) + ATTENTION_TILE * (kept + 6)) * (D + Dv + 64) +
+         11 * ATTENTION_TILE * ATTENTION_TILE;
+}
 /// Floats of scratch that attention_backward needs.
-inline int64_t attention_scratch(int64_t B, int64_t H, int64_t Hk, int64_t S, int64_t T, int64_t D, int64_t Dv,
-                                 int threads) {
+static inline int64_t attention_scratch(int64_t B, int64_t H, int64_t Hk, int64_t S, int64_t T, int64_t D, int64_t Dv,
+                                        int threads) {
   const int64_t splits = attention_splits(B, H, Hk, S);
   const int64_t partials = splits > 1 ? B * Hk * splits * (T + ATTENTION_TILE) * (D + Dv + 62) : 0;
-  return threads * attention_backward_scratch(T, D, Dv) + partials + 64;
+  return threads * attention_backward_scratch(B, H, Hk, S, T, D, Dv) + partials + 64;
 }
 
 }  // namespace fastlm

@@ -1,12 +1,11 @@
 // Tiles of bfloat16 for AMX: products, and the forms of Q, K, V and dO that its two operands want without a
 // transposition at the time of use.
-//   product  C[16][16] float32 += A[16][32] B[32][16]; A by rows, B with pairs of rows side by side ("paired":
-//            [rows / 2][columns] of two bfloat16 each)
-//   paired   of rows X: interleave(X). Of columns X^T: the 32-bit transposition of X by rows, because neighbours in a
-//            row of X are the pairs of X^T.
-//   blocks   2 x 2 tiles of C: four loads for four products. On Sapphire Rapids loads, not products, set the pace.
+//   product  C[16][16] float32 += A[16][32] B[32][16]; A by rows, B with pairs of rows side by side
+//   packed   operands lie as whole tiles, 1024 bytes each: a load of a tile takes 10 cycles so, 15 with any other
+//            distance between its rows. With four loads for four products (2 x 2 tiles of C) the products then set the
+//            pace, 19 cycles each; a store of C takes 18 more that nothing hides, so sums stay in tiles as long as
+//            they can.
 //   papers   Intel 64 and IA-32 Architectures Software Developer's Manual, chapter on AMX
-//   tried and lost: products of one key tile while the softmax of another runs (no gain, the two share the ports)
 #pragma once
 #include "amx.h"
 #include "attention.h"
@@ -15,101 +14,148 @@ namespace fastlm::FASTLM_ISA {
 namespace {
 
 constexpr float LOG2_E = 1.44269504f, LN_2 = 0.69314718f;
+constexpr int64_t TILE = 256;  // words of a tile
 
-template <int MT, int NT, bool ADD>
-inline void tile_block(int64_t K, const bfloat16* a, int64_t lda, const uint32_t* b, int64_t ldb, float* c,
-                       int64_t ldc) {
+/// Packed tiles of an operand of a product: the first one, and how many words on the next row (of A) or column (of B)
+/// of tiles and the next 32 of the summation are.
+struct Operand {
+  const uint32_t* tiles;
+  int64_t along, step;
+};
+
+/// 32 x 16 NT elements of C (ADD: +=) the product of 32 `steps` rows of B with as many columns of A.
+template <int NT, bool ADD>
+inline void tile_product(int64_t steps, Operand a, Operand b, float* c, int64_t ldc) {
   if constexpr (ADD) {
     _tile_loadd(0, c, ldc * 4);
-    if constexpr (NT > 1) _tile_loadd(1, c + 16, ldc * 4);
-    if constexpr (MT > 1) _tile_loadd(2, c + 16 * ldc, ldc * 4);
-    if constexpr (MT > 1 && NT > 1) _tile_loadd(3, c + 16 * ldc + 16, ldc * 4);
+    _tile_loadd(1, c + 16 * ldc, ldc * 4);
+    if constexpr (NT > 1) _tile_loadd(2, c + 16, ldc * 4);
+    if constexpr (NT > 1) _tile_loadd(3, c + 16 * ldc + 16, ldc * 4);
   } else {
     _tile_zero(0);
-    if constexpr (NT > 1) _tile_zero(1);
-    if constexpr (MT > 1) _tile_zero(2);
-    if constexpr (MT > 1 && NT > 1) _tile_zero(3);
+    _tile_zero(1);
+    if constexpr (NT > 1) _tile_zero(2);
+    if constexpr (NT > 1) _tile_zero(3);
   }
-  for (int64_t k = 0; k < K; k += 32) {
-    _tile_loadd(4, a + k, lda * 2);
-    _tile_loadd(6, b + k / 2 * ldb, ldb * 4);
-    if constexpr (MT > 1) _tile_loadd(5, a + 16 * lda + k, lda * 2);
-    if constexpr (NT > 1) _tile_loadd(7, b + k / 2 * ldb + 16, ldb * 4);
+  for (int64_t s = 0; s < steps; ++s) {
+    _tile_loadd(4, a.tiles + s * a.step, 64);
+    _tile_loadd(6, b.tiles + s * b.step, 64);
+    _tile_loadd(5, a.tiles + s * a.step + a.along, 64);
+    if constexpr (NT > 1) _tile_loadd(7, b.tiles + s * b.step + b.along, 64);
     _tile_dpbf16ps(0, 4, 6);
-    if constexpr (NT > 1) _tile_dpbf16ps(1, 4, 7);
-    if constexpr (MT > 1) _tile_dpbf16ps(2, 5, 6);
-    if constexpr (MT > 1 && NT > 1) _tile_dpbf16ps(3, 5, 7);
+    _tile_dpbf16ps(1, 5, 6);
+    if constexpr (NT > 1) _tile_dpbf16ps(2, 4, 7);
+    if constexpr (NT > 1) _tile_dpbf16ps(3, 5, 7);
   }
   _tile_stored(0, c, ldc * 4);
-  if constexpr (NT > 1) _tile_stored(1, c + 16, ldc * 4);
-  if constexpr (MT > 1) _tile_stored(2, c + 16 * ldc, ldc * 4);
-  if constexpr (MT > 1 && NT > 1) _tile_stored(3, c + 16 * ldc + 16, ldc * 4);
+  _tile_stored(1, c + 16 * ldc, ldc * 4);
+  if constexpr (NT > 1) _tile_stored(2, c + 16, ldc * 4);
+  if constexpr (NT > 1) _tile_stored(3, c + 16 * ldc + 16, ldc * 4);
 }
 
-/// C[M][N] = (ADD: +=) A[M][K] B[K][N]; A by rows, B paired. M and N are rounded up to 16, K to 32: the buffers must
-/// have that much, and zeros behind K in one operand and no NaN in the other.
-template <bool ADD>
-inline void tile_gemm(int64_t M, int64_t N, int64_t K, const bfloat16* a, int64_t lda, const uint32_t* b, int64_t ldb,
-                      float* c, int64_t ldc) {
-  for (int64_t n = 0; n < N; n += 32)
-    for (int64_t m = 0; m < M; m += 32) {
-      const bool two_rows = M - m > 16, two_columns = N - n > 16;
-      const auto run = [&](auto block) { block(K, a + m * lda, lda, b + n, ldb, c + m * ldc + n, ldc); };
-      if (two_rows && two_columns)
-        run(tile_block<2, 2, ADD>);
-      else if (two_rows)
-        run(tile_block<2, 1, ADD>);
-      else if (two_columns)
-        run(tile_block<1, 2, ADD>);
-      else
-        run(tile_block<1, 1, ADD>);
+// --- packing --------------------------------------------------------------------------------------------------------
+
+/// Rows of a tensor, as many and as wide as there are; behind them zeros are read.
+struct Rows {
+  const bfloat16* from;
+  int64_t stride, rows, cols;
+  __m512i magnitude = _mm512_setzero_si512();  // the largest bits seen, without signs
+
+  /// Columns c .. c + 31 of row r; FULL: all of them are there. Asks for the row 64 further on: the stride is too long
+  /// for the hardware to foresee.
+  template <bool FULL>
+  __m512i read(int64_t r, int64_t c) {
+    __mmask32 inside = ~__mmask32(0);
+    if constexpr (!FULL) {
+      if (r >= rows || c >= cols) return _mm512_setzero_si512();
+      if (cols - c < 32) inside = (__mmask32(1) << (cols - c)) - 1;
     }
-}
+    const bfloat16* const p = from + r * stride + c;
+    _mm_prefetch(reinterpret_cast<const char*>(p + BK * stride), _MM_HINT_T0);
+    const __m512i x = FULL ? _mm512_loadu_si512(p) : _mm512_maskz_loadu_epi16(inside, p);
+    magnitude = _mm512_max_epu16(magnitude, _mm512_and_si512(x, _mm512_set1_epi16(0x7fff)));
+    return x;
+  }
+  /// Whether all that was read is finite.
+  bool finite() const { return _mm512_cmpge_epu16_mask(magnitude, _mm512_set1_epi16(0x7f80)) == 0; }
 
-/// [rows][cols] to row length ld, a multiple of 32, zeros behind cols and for rows up to `padded`. Returns whether all
-/// are finite. Asks for the rows 64 further on, the next tile's: their stride is too long for the hardware to foresee.
-inline bool copy_rows(const bfloat16* from, int64_t stride, int64_t rows, int64_t padded, int64_t cols, bfloat16* to,
-                      int64_t ld) {
-  const __m512i exponent = _mm512_set1_epi16(0x7f80);
-  __mmask32 infinite = 0;
-  for (int64_t r = 0; r < rows; ++r)
-    for (int64_t c = 0; c < ld; c += 32) {
-      const bfloat16* const p = from + r * stride + c;
-      const int64_t n = cols - c;
-      const __mmask32 inside = n >= 32 ? ~__mmask32(0) : n > 0 ? (__mmask32(1) << n) - 1 : 0;
-      const __m512i x = _mm512_maskz_loadu_epi16(inside, p);
-      _mm_prefetch(reinterpret_cast<const char*>(p + BK * stride), _MM_HINT_T0);
-      infinite |= _mm512_cmpeq_epi16_mask(_mm512_and_si512(x, exponent), exponent);
-      _mm512_store_si512(to + r * ld + c, x);
+  /// f(read) with the read(r, c) that fits.
+  template <class F>
+  void pack(int64_t padded, int64_t ld, F f) {
+    if (rows >= padded && cols >= ld)
+      f([&](int64_t r, int64_t c) { return read<true>(r, c); });
+    else
+      f([&](int64_t r, int64_t c) { return read<false>(r, c); });
+  }
+};
+
+/// Tiles by rows: [padded / 16][ld / 32] tiles of [16][32] elements. padded: rows, a multiple of 16; ld: columns,
+/// of 32.
+inline void pack_rows(Rows& x, int64_t padded, int64_t ld, uint32_t* to) {
+  x.pack(padded, ld, [&](auto read) {
+    for (int64_t m = 0; m < padded; ++m) {
+      uint32_t* const row = to + m / 16 * (ld / 32) * TILE + m % 16 * 16;
+      for (int64_t c = 0; c < ld; c += 32) _mm512_store_si512(row + c / 32 * TILE, read(m, c));
     }
-  std::memset(static_cast<void*>(to + rows * ld), 0, (padded - rows) * ld * sizeof(bfloat16));
-  return infinite == 0;
+  });
 }
 
-/// Rows of length ld (already padded) to pairs: [rows / 2][ld].
-inline void interleave(const bfloat16* from, int64_t ld, int64_t rows, uint32_t* to) {
-  for (int64_t r = 0; r < rows; r += 2)
-    for (int64_t c = 0; c < ld; c += W) {
-      Half low, high;
-      std::memcpy(&low, from + r * ld + c, sizeof low);
-      std::memcpy(&high, from + (r + 1) * ld + c, sizeof high);
-      const UInt x = widen(low) | widen(high) << 16;
-      std::memcpy(to + r / 2 * ld + c, &x, sizeof x);
-    }
+/// The transpose as a paired operand: [ld / 32][padded / 16] tiles of 32 columns of x (16 pairs) by 16 rows of x.
+inline void pack_columns(Rows& x, int64_t padded, int64_t ld, uint32_t* to) {
+  x.pack(padded, ld, [&](auto read) {
+    for (int64_t m = 0; m < padded; m += 16)
+      for (int64_t c = 0; c < ld; c += 32) {
+        Vec words[W];
+        for (int r = 0; r < W; ++r) words[r] = (Vec)read(m + r, c);
+        transpose(words);
+        uint32_t* const tile = to + (c / 32 * (padded / 16) + m / 16) * TILE;
+        for (int i = 0; i < W; ++i) _mm512_store_si512(tile + i * W, (__m512i)words[i]);
+      }
+  });
 }
 
-/// 32-bit words [rows][cols] to [cols][rows]; rows and cols are multiples of 16.
-inline void transpose_words(const uint32_t* from, int64_t ld, int64_t rows, int64_t cols, uint32_t* to, int64_t ldt) {
-  for (int64_t r = 0; r < rows; r += W)
-    for (int64_t c = 0; c < cols; c += W) {
-      Vec x[W];
-      for (int i = 0; i < W; ++i) std::memcpy(&x[i], from + (r + i) * ld + c, sizeof x[i]);
-      transpose(x);
-      for (int i = 0; i < W; ++i) std::memcpy(to + (c + i) * ldt + r, &x[i], sizeof x[i]);
-    }
+/// Rows as a paired operand: [padded / 32][ld / 16] tiles of 32 rows (16 pairs) by 16 columns of x. padded: a multiple
+/// of 32.
+inline void pack_pairs(Rows& x, int64_t padded, int64_t ld, uint32_t* to) {
+  const __m512i order = _mm512_set_epi64(7, 3, 6, 2, 5, 1, 4, 0);  // so that unpacking leaves columns in order
+  x.pack(padded, ld, [&](auto read) {
+    for (int64_t m = 0; m < padded; m += 2)
+      for (int64_t c = 0; c < ld; c += 32) {
+        const __m512i upper = _mm512_permutexvar_epi64(order, read(m, c));
+        const __m512i lower = _mm512_permutexvar_epi64(order, read(m + 1, c));
+        uint32_t* const row = to + (m / 32 * (ld / 16) + c / 16) * TILE + m % 32 / 2 * 16;
+        _mm512_store_si512(row, _mm512_unpacklo_epi16(upper, lower));
+        _mm512_store_si512(row + TILE, _mm512_unpackhi_epi16(upper, lower));
+      }
+  });
 }
 
-inline const uint32_t* words(const bfloat16* p) { return reinterpret_cast<const uint32_t*>(p); }
+/// The transpose by rows: [padded / 32][ld / 16] tiles of 16 columns by 32 rows of x. padded: a multiple of 32.
+inline void pack_turned(Rows& x, int64_t padded, int64_t ld, uint32_t* to) {
+  x.pack(padded, ld, [&](auto read) {
+    for (int64_t m = 0; m < padded; m += 32)
+      for (int64_t c = 0; c < ld; c += 32) {
+        uint32_t* const tile = to + (m / 32 * (ld / 16) + c / 16) * TILE;
+        alignas(64) uint32_t later[TILE];  // 32 vectors at once would not stay in registers
+        Vec words[W];
+        for (int r = 0; r < W; ++r) {
+          const __m512i upper = read(m + 2 * r, c), lower = read(m + 2 * r + 1, c);
+          words[r] = (Vec)_mm512_unpacklo_epi16(upper, lower);
+          _mm512_store_si512(later + r * W, _mm512_unpackhi_epi16(upper, lower));
+        }
+        const auto put = [&](int64_t column) {  // words of columns 0-3, 8-11, 16-19, 24-27 from `column` on
+          transpose(words);
+          for (int i = 0; i < W; ++i)
+            _mm512_store_si512(tile + i / 8 * TILE + (i % 8 / 4 * 8 + i % 4 + column) * W, (__m512i)words[i]);
+        };
+        put(0);
+        for (int r = 0; r < W; ++r) words[r] = (Vec)_mm512_load_si512(later + r * W);
+        put(4);
+      }
+  });
+}
+
+// --- powers ---------------------------------------------------------------------------------------------------------
 
 /// 2^x within 1.6e-7, exact for whole x; 2^-inf = 0, NaN stays.
 inline Vec exp2_tile(Vec x) {

@@ -148,7 +148,8 @@ void backward(const Problem& all, const Gradients& gradients, float* scratch, in
   const int64_t Dp = round_up(all.D, 32), Dvp = round_up(all.Dv, 32), heads = batches * all.Hk;
   const int64_t Tp = round_up(T_max, BK);  // whole tiles: the products round up
   const int64_t splits = attention_splits(batches, all.H, all.Hk, S);
-  const int64_t share = attention_backward_scratch(T_max, all.D, all.Dv), partial = Tp * (Dp + Dvp);
+  const int64_t share = attention_backward_scratch(batches, all.H, all.Hk, S, T_max, all.D, all.Dv),
+                partial = Tp * (Dp + Dvp);
   float* const partials = scratch + threads * share;
   const double work = 5. * all.B * all.H * all.S * T_max * (all.D + all.Dv);
   const int team = work < 2e6 ? 1 : threads;
@@ -275,7 +276,7 @@ void attention_backward(DType dtype, const void* q, Strides qs, const void* k, S
     if (!dbias) return;
     // One item holds everything that reads the same elements: the dimensions over which the bias is broadcast.
     const int64_t tiles = ceil_div(S, BQ), bb = bs[0] ? B : 1, hh = bs[1] ? H : 1, tt = bs[2] ? tiles : 1;
-    const int64_t share = attention_backward_scratch(T, D, Dv);
+    const int64_t share = attention_backward_scratch(B, H, Hk, S, T, D, Dv);
     parallel_items(threads, bb * hh * tt, [&](int64_t item, int thread) {
       const int64_t b0 = item / (hh * tt), h0 = item / tt % hh, t0 = item % tt;
       for (int64_t b = b0; b < B; b += bb)
