@@ -9,7 +9,7 @@
 //   blocks     two vectors at a time (load_pair) where half the width allows it; when interleaved, the even and the odd
 //              places that a load of bfloat16 splits into are the pairs to be turned
 //   lost       rotating in place, which takes as long as rotating into memory already touched (100 MB float32,
-//              tuned malloc: 3.5 against 3.4 ms; 50 MB bfloat16: 1.8 against 2.2); prefetch 4 KiB ahead: no difference
+//              tuned malloc: 3.5 against 3.0 ms; 50 MB bfloat16: 1.9 against 2.2); prefetch 4 KiB ahead: no difference
 //   paper      Su et al. 2021 (arXiv:2104.09864)
 #include "fastlm.h"
 #include "parallel.h"

@@ -2,7 +2,7 @@
 // ulp, for bfloat16 and float16 below a twentieth of what rounding to them adds, for fewer instructions.
 //   exp2         2^x for x <= 0, in AVX-512 any x
 //   reciprocal   1 / x for x >= 1
-//   sigmoid      1 / (1 + exp(-x))
+//   exp_for_sigmoid  exp(-x), of which reciprocal(1 + .) makes the sigmoid
 //   tanh         within a few ulp for all results
 //   normal_tail  Phi(-a) for a >= 0, the standard normal distribution, and what its derivatives need
 #pragma once
@@ -68,12 +68,13 @@ FASTLM_INLINE Vec reciprocal(Vec x) {
 #endif
 }
 
+/// exp(-x), what reciprocal(1 + .) makes the sigmoid of.
 template <class T>
-FASTLM_INLINE Vec sigmoid(Vec x) {
+FASTLM_INLINE Vec exp_for_sigmoid(Vec x) {
 #if defined(__AVX512F__)  // where exp2 reaches infinity
-  if constexpr (!ACCURATE<T>) return reciprocal<T>(1.f + exp2<T>(x * -1.44269504f, Vec{}));
+  if constexpr (!ACCURATE<T>) return exp2<T>(x * -1.44269504f, Vec{});
 #endif
-  return reciprocal<T>(1.f + exp(-x));
+  return exp(-x);
 }
 
 /// tanh: an odd polynomial near 0 (Cephes), 1 - 2 / (e^2u + 1) elsewhere.
