@@ -111,6 +111,14 @@ def test_no_more_is_held_than_a_share_of_the_peak(monkeypatch: pytest.MonkeyPatc
     _workspace._local.pool.most = 0
 
 
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="another source of the peak")
+def test_the_peak_is_not_the_parents() -> None:
+    ballast = torch.ones(64 << 20)  # 256 MB, and a child begins with its parent's getrusage()
+    own = "from fastlm.native import _workspace; print(_workspace.peak())"
+    child = subprocess.run([sys.executable, "-c", own], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert int(child.stdout) < _workspace.peak() - ballast.nbytes // 2
+
+
 CHANGING = """
 import sys, torch
 from fastlm import ops
