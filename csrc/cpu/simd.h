@@ -284,25 +284,19 @@ inline void load_pair(const bfloat16* p, Vec& a, Vec& b) {
   std::memcpy(&u, p, sizeof u);
   a = (Vec)(u << 16), b = (Vec)(u & 0xffff0000);
 }
-/// float32 in the order that load_pair gives T in, and back from it.
+/// float32 in the order that load_pair gives T in.
 template <class T>
 inline void load_pair_as(const float* p, Vec& a, Vec& b) {
   load_pair(p, a, b);
   if constexpr (std::is_same<T, bfloat16>::value) unzip(a, b, a, b);
 }
-template <class T>
-inline void store_pair_as(float* p, Vec a, Vec b) {
-  if constexpr (std::is_same<T, bfloat16>::value) zip(a, b, a, b);
-  store(p, a), store(p + W, b);
-}
-/// bfloat16 to nearest, ties away from zero unless EVEN: good for results that lie on a tie by chance only, so that the
+/// bfloat16 to nearest, ties away from zero: good for results that lie on a tie by chance only, so that the
 /// direction is of no consequence. NaN stays NaN unless its low bits are set, as no operation on bfloat16 sets them.
-template <class T, class STREAM, bool EVEN = false>
-inline void store_pair(T* p, Vec a, Vec b, STREAM, std::integral_constant<bool, EVEN> = {}) {
+template <class T, class STREAM>
+inline void store_pair(T* p, Vec a, Vec b, STREAM) {
   if constexpr (std::is_same<T, bfloat16>::value) {
-    const UInt half = UInt{} + (EVEN ? 0x7fff : 0x8000);
-    UInt low = (UInt)a + half, high = (UInt)b + half;
-    if (EVEN) low += ((UInt)a >> 16) & 1, high += ((UInt)b >> 16) & 1;
+    const UInt half = UInt{} + 0x8000;
+    const UInt low = (UInt)a + half, high = (UInt)b + half;
     const UInt u = (low >> 16) | (high & 0xffff0000);
 #if defined(__AVX512F__)
     if (STREAM::value) return _mm512_stream_si512(reinterpret_cast<__m512i*>(p), (__m512i)u);
