@@ -1,0 +1,96 @@
+"""Hugging Face models on fastlm's kernels: enable() and disable() on a model that is there already."""
+
+from __future__ import annotations
+
+import importlib
+from typing import Any
+
+from torch import nn
+
+from fastlm.patching import STATE, Report, restore
+
+PARTS = ("norm", "mlp", "rope", "attention", "loss")
+_ENABLED = f"{STATE}enabled"
+
+
+def enable(
+    model: nn.Module,
+    attention: bool = True,
+    norm: bool = True,
+    mlp: bool = True,
+    rope: bool = True,
+    loss: bool = True,
+) -> Report:
+    """Makes a transformers model run on fastlm's kernels; it stays the same model, object by object.
+
+    Args:
+        model: a transformers.PreTrainedModel, or a peft model around one. Parameters, names, state dict, hooks, config
+            and mode stay as they are.
+        attention: attention with attn_implementation="fastlm", projections included.
+        norm: LayerNorm and RMSNorm, with the offsets and casts of each family.
+        mlp: gated and plain feed-forward parts.
+        rope: rotary position embedding.
+        loss: the head and its loss in one op, which never holds all logits: a training step then has
+            outputs.logits None.
+
+    Returns:
+        What was replaced, what was left, and why; it is printed too.
+
+    Raises:
+        ImportError: transformers is not installed, or a version this was not tested with.
+        TypeError: model is no transformers model.
+        ValueError: the model is enabled already, or there is nothing in it to replace.
+        The model is then as it was.
+    """
+    wanted = {"attention": attention, "norm": norm, "mlp": mlp, "rope": rope, "loss": loss}
+    inner = _pretrained(model)
+    if _ENABLED in inner.__dict__:
+        raise ValueError(f"model is enabled already, with {inner.__dict__[_ENABLED]}: call fastlm.hf.disable first")
+    report = Report(type(inner).__name__)
+    try:
+        for part in PARTS:
+            if wanted[part]:
+                _part(part).apply(inner, report)
+        if not report.replaced:
+            raise ValueError(f"model has nothing to replace. {report}")
+    except BaseException:
+        _undo(inner)
+        raise
+    inner.__dict__[_ENABLED] = ", ".join(part for part in PARTS if wanted[part])
+    print(report)
+    return report
+
+
+def disable(model: nn.Module) -> None:
+    """Puts back everything enable() replaced.
+
+    Raises:
+        ValueError: the model is not enabled.
+    """
+    inner = _pretrained(model)
+    if inner.__dict__.pop(_ENABLED, None) is None:
+        raise ValueError("model is not enabled: there is nothing to undo")
+    _undo(inner)
+
+
+def _part(name: str) -> Any:
+    return importlib.import_module(f"fastlm.hf.{name}")
+
+
+def _undo(model: nn.Module) -> None:
+    for part in reversed(PARTS):
+        undo = getattr(_part(part), "undo", None)
+        if undo is not None:
+            undo(model)
+    for module in model.modules():
+        restore(module)
+
+
+def _pretrained(model: nn.Module) -> nn.Module:
+    from transformers import PreTrainedModel
+
+    find: Any = getattr(model, "get_base_model", None)  # peft's
+    inner = model if find is None else find()
+    if not isinstance(inner, PreTrainedModel):
+        raise TypeError(f"model must be a transformers.PreTrainedModel, got {type(model).__name__}")
+    return inner

@@ -1,0 +1,7 @@
+"""fastlm's layers in the place of a model's own: patch(), unpatch(), and what fastlm.hf stands on."""
+
+from fastlm.patching._obstacles import obstacle
+from fastlm.patching._report import Entry, Report
+from fastlm.patching._swap import STATE, derive, restore, swap, swapped
+
+__all__ = ["STATE", "Entry", "Report", "derive", "obstacle", "restore", "swap", "swapped"]
