@@ -8,7 +8,7 @@ model (copy.deepcopy, pickle, torch.save) would call the forward of the model it
 from __future__ import annotations
 
 from functools import cache
-from typing import Any
+from typing import Any, cast
 
 from torch import nn
 
@@ -41,13 +41,14 @@ def _reduce(self: Any, protocol: Any) -> tuple[Any, ...]:
 
 
 def _make(original: type, layer: type) -> Any:
-    kind = derive(original, layer)
+    kind: Any = derive(original, layer)
     return kind.__new__(kind)
 
 
 def swap(module: nn.Module, layer: type) -> None:
     """The module runs layer's forward from now on."""
-    module.__class__ = derive(type(module), layer)
+    kind: Any = derive(cast(Any, type(module)), layer)
+    module.__class__ = kind
 
 
 def swapped(module: nn.Module) -> type | None:
