@@ -8,12 +8,13 @@ from fastlm.nn.loss import CrossEntropyLoss, LinearCrossEntropyLoss
 from fastlm.nn.mlp import MLP
 from fastlm.nn.norm import LayerNorm, RMSNorm
 from fastlm.nn.rotary import RotaryEmbedding
-from fastlm.nn.transformer import TransformerBlock
+from fastlm.nn.transformer import EncoderBlock, TransformerBlock
 
 __all__ = [
     "MLP",
     "CrossEntropyLoss",
     "Embedding",
+    "EncoderBlock",
     "KVCache",
     "LayerNorm",
     "Linear",

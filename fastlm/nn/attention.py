@@ -212,12 +212,19 @@ class SelfAttention(torch.nn.Module):
         self.qkv = torch.nn.Linear(width, (heads + 2 * kv_heads) * self.head_width, bias, device, dtype)
         self.out = torch.nn.Linear(width, width, bias, device, dtype)
 
-    def forward(self, x: Tensor, rope: tuple[Tensor, Tensor] | None = None, cache: KVCache | None = None) -> Tensor:
+    def forward(
+        self,
+        x: Tensor,
+        rope: tuple[Tensor, Tensor] | None = None,
+        cache: KVCache | None = None,
+        mask: Tensor | None = None,
+    ) -> Tensor:
         """x (B, S, C) -> (B, S, C).
 
         Args:
             rope: (cos, sin) of these S positions, from RotaryEmbedding; None for no rotation.
             cache: earlier keys and values, to which those of x are added; queries then see all of them (causally).
+            mask: (B, T) bool, False for keys that nobody sees; T counts those of the cache. None: all are seen.
         """
         B, S, _ = x.shape
         H, Hk, D = self.heads, self.kv_heads, self.head_width
@@ -232,7 +239,8 @@ class SelfAttention(torch.nn.Module):
             k, v = cache.append(k, v)
             causal = "bottom-right" if self.causal and S > 1 else False  # a single query is the last: it sees all
         dropout = self.dropout if self.training else 0.0
-        out = ops.attention(q, k, v, causal=causal, dropout=dropout)  # (B, H, S, D)
+        seen = None if mask is None else mask[:, None, None]  # (B, 1, 1, T)
+        out = ops.attention(q, k, v, mask=seen, causal=causal, dropout=dropout)  # (B, H, S, D)
         return self.out(out.transpose(1, 2).reshape(B, S, H * D))
 
     def extra_repr(self) -> str:

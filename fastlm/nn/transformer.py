@@ -1,4 +1,4 @@
-"""One block of a Transformer."""
+"""One block of a Transformer, pre-norm or post-norm."""
 
 from __future__ import annotations
 
@@ -139,3 +139,50 @@ class TransformerBlock(torch.nn.Module):
             if p is not None and (type(p) is not Parameter or p.dtype is not dtype or p.requires_grad is not trained):
                 return None
         return parameters
+
+
+class EncoderBlock(torch.nn.Module):
+    """h = norm1(x + attention(x)); norm2(h + mlp(h)): the post-norm block of the first Transformer (Vaswani et al.
+    2017, arXiv:1706.03762) and of BERT, over all positions at once.
+
+    Args:
+        width: C.
+        heads: H, dividing width.
+        mlp_width, activation: as MLP.
+        norm_eps: added to the variance in both LayerNorms.
+        dropout: of what both branches add to the residual stream.
+        attention_dropout: of attention weights; None stands for dropout.
+
+    Raises:
+        ValueError: as SelfAttention and MLP.
+    """
+
+    def __init__(
+        self,
+        width: int,
+        heads: int,
+        mlp_width: int | None = None,
+        activation: str = "gelu",
+        norm_eps: float = 1e-5,
+        dropout: float = 0.0,
+        attention_dropout: float | None = None,
+        device: torch.device | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        attention_dropout = dropout if attention_dropout is None else attention_dropout
+        self.attention = SelfAttention(width, heads, None, True, attention_dropout, False, device, dtype)
+        self.norm1 = LayerNorm(width, norm_eps, device=device, dtype=dtype)
+        self.mlp = MLP(width, mlp_width, activation, True, device, dtype)
+        self.norm2 = LayerNorm(width, norm_eps, device=device, dtype=dtype)
+        self.dropout = torch.nn.Dropout(dropout)
+
+    def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
+        """x (B, S, C) -> (B, S, C). mask (B, S) bool: False for padding, which no position sees; None: there is none.
+
+        What stands at a padded position is finite and of no use.
+        """
+        dropout = self.dropout.p if self.dropout.training else 0.0
+        x, _ = add_norm(self.norm1, self.attention(x, mask=mask), x, dropout)  # in one pass
+        x, _ = add_norm(self.norm2, self.mlp(x), x, dropout)
+        return x
