@@ -7,13 +7,23 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass
 from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
 
 from fastlm import ops
+from fastlm.models._check import (
+    check_choice,
+    check_heads,
+    check_positive,
+    check_probability,
+    check_sizes,
+    check_targets,
+    check_tokens,
+    config_from_dict,
+)
 from fastlm.models._files import load_config, load_weights, save_folder
 from fastlm.models._sampling import check_sampling, sample
 from fastlm.nn import Embedding, KVCache, RotaryEmbedding, TransformerBlock
@@ -53,28 +63,18 @@ class CausalLMConfig:
     """The head is the token embedding."""
 
     def __post_init__(self) -> None:
-        for name in ("vocab_size", "context", "layers", "heads", "width", "kv_heads", "mlp_width"):
-            value, optional = getattr(self, name), name in ("kv_heads", "mlp_width")
-            if value is None and optional:
-                continue
-            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-                raise ValueError(f"{name} must be an integer of at least 1{' or None' * optional}, got {value!r}")
-        if self.width % self.heads:
-            raise ValueError(f"width must be a multiple of heads, got width={self.width}, heads={self.heads}")
+        sizes = ("vocab_size", "context", "layers", "heads", "width")
+        check_sizes(self, *sizes, optional=("kv_heads", "mlp_width"))
+        check_heads(self)
         if self.kv_heads is not None and self.heads % self.kv_heads:
             raise ValueError(f"kv_heads must divide heads, got kv_heads={self.kv_heads}, heads={self.heads}")
-        for name, allowed in (
-            ("activation", tuple(ACTIVATIONS)), ("norm", ("layer", "rms")), ("positions", ("learned", "rope")),
-        ):  # fmt: skip
-            if getattr(self, name) not in allowed:
-                raise ValueError(f"{name} must be one of {', '.join(allowed)}, got {getattr(self, name)!r}")
+        check_choice(self, "activation", *ACTIVATIONS)
+        check_choice(self, "norm", "layer", "rms")
+        check_choice(self, "positions", "learned", "rope")
         if self.positions == "rope" and self.width // self.heads % 2:
             raise ValueError(f"positions='rope' needs an even width / heads, got {self.width} / {self.heads}")
-        if not 0 <= self.dropout < 1:
-            raise ValueError(f"dropout must lie in [0, 1), got {self.dropout}")
-        for name in ("norm_eps", "rope_base"):
-            if not 0 < getattr(self, name) < float("inf"):
-                raise ValueError(f"{name} must be positive and finite, got {getattr(self, name)}")
+        check_probability(self, "dropout")
+        check_positive(self, "norm_eps", "rope_base")
 
     @classmethod
     def gpt2(cls, **changes: Any) -> CausalLMConfig:
@@ -103,12 +103,7 @@ class CausalLMConfig:
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> CausalLMConfig:
         """The config of asdict() or of a config.json. Raises ValueError on unknown or missing names."""
-        names = [f.name for f in fields(cls)]
-        unknown = sorted(set(values) - set(names))
-        missing = [f.name for f in fields(cls)[:5] if f.name not in values]
-        if unknown or missing:
-            raise ValueError(f"config has unknown names {unknown} and lacks {missing}; its names are {names}")
-        return cls(**values)
+        return config_from_dict(cls, values)
 
 
 class CausalLMOutput(NamedTuple):
@@ -174,15 +169,11 @@ class CausalLM(nn.Module):
         Raises:
             TypeError, ValueError: tokens or targets have another dtype or shape, or lie outside the vocabulary.
         """
-        self._check_tokens(tokens)
+        check_tokens(tokens, self.config.context, self.config.vocab_size)
         if targets is None:
             x = self._hidden(tokens)
             return CausalLMOutput(None, nn.functional.linear(x, self.head_weight))
-        if targets.shape != tokens.shape or targets.dtype is not torch.int64:
-            raise ValueError(
-                f"targets must be {tuple(tokens.shape)} of int64 like tokens, "
-                f"got {tuple(targets.shape)} of {targets.dtype}"
-            )
+        check_targets(targets, tokens.shape)
         x = self._hidden(tokens).flatten(0, 1)  # (B*S, C)
         loss = ops.linear_cross_entropy(x, self.head_weight, targets.flatten(), reduction=reduction)
         return CausalLMOutput(loss, None)
@@ -203,18 +194,6 @@ class CausalLM(nn.Module):
         for i, block in enumerate(self.blocks):
             x = block(x, rope, caches[i] if caches else None)
         return self.norm(x)
-
-    def _check_tokens(self, tokens: Tensor) -> None:
-        c = self.config
-        if not isinstance(tokens, Tensor) or tokens.dtype is not torch.int64:
-            raise TypeError(f"tokens must be a Tensor of int64, got {getattr(tokens, 'dtype', type(tokens).__name__)}")
-        if tokens.dim() != 2 or tokens.shape[1] > c.context:
-            raise ValueError(f"tokens must be (B, S) with S at most {c.context}, got {tuple(tokens.shape)}")
-        # On an accelerator this would wait for the device; there the embedding checks on its own.
-        if tokens.is_cpu and tokens.numel() and not torch.compiler.is_compiling():
-            low, high = (int(t) for t in tokens.aminmax())
-            if low < 0 or high >= c.vocab_size:
-                raise ValueError(f"tokens must lie in 0 .. {c.vocab_size - 1}, got {low} .. {high}")
 
     def generate(
         self,
@@ -270,7 +249,7 @@ class CausalLM(nn.Module):
             raise ValueError(f"eos must be None or lie in 0 .. {c.vocab_size - 1}, got {eos}")
         if not isinstance(tokens, Tensor) or tokens.dim() != 2 or tokens.shape[1] < 1:
             raise ValueError(f"tokens must be (B, S) with S at least 1, got {getattr(tokens, 'shape', tokens)}")
-        self._check_tokens(tokens[:, -c.context :])
+        check_tokens(tokens[:, -c.context :], c.context, c.vocab_size)
 
         def steps() -> Iterator[Tensor]:
             seen = tokens  # (B, S), growing
