@@ -30,9 +30,16 @@ def replacing(path: Path) -> Iterator[Path]:
         raise
 
 
-def save_folder(folder: str | os.PathLike[str], state: dict[str, Tensor], config: dict[str, Any]) -> None:
-    """Writes model.safetensors, then config.json; the weights carry the config too, so that a pair of different runs
-    is noticed.
+def save_folder(
+    folder: str | os.PathLike[str],
+    state: dict[str, Tensor],
+    config: dict[str, Any],
+    metadata: dict[str, str] | None = None,
+) -> None:
+    """Writes model.safetensors, then config.json.
+
+    Args:
+        metadata: of the weights; None stands for the config, so that a pair of different runs is noticed.
 
     Raises:
         OSError: the folder cannot be written, or the disk is full. The files that were there stay whole.
@@ -44,7 +51,7 @@ def save_folder(folder: str | os.PathLike[str], state: dict[str, Tensor], config
     folder.mkdir(parents=True, exist_ok=True)
     with replacing(folder / WEIGHTS) as path, replacing(folder / CONFIG) as config_path:
         try:
-            save_file({name: t.detach().contiguous() for name, t in state.items()}, path, {"config": text})
+            save_file({name: t.detach().contiguous() for name, t in state.items()}, path, metadata or {"config": text})
         except SafetensorError as error:  # its way of passing on an OSError
             raise OSError(f"cannot write {folder / WEIGHTS}: {error}") from error
         config_path.write_text(text)
@@ -74,15 +81,9 @@ def load_weights(
     Raises:
         FileNotFoundError: no such file. ValueError: truncated; saved with another config; tensors that do not match.
     """
-    from safetensors import SafetensorError, safe_open
-
-    path = _existing(Path(folder), WEIGHTS)
-    try:
-        with safe_open(path, framework="pt", device=device) as file:
-            saved = json.loads((file.metadata() or {}).get("config", "null"))
-            state = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-    except SafetensorError as error:
-        raise ValueError(f"{path} is truncated or not a safetensors file: {error}") from error
+    path = Path(folder) / WEIGHTS
+    state, metadata = open_weights(folder, WEIGHTS, device)
+    saved = json.loads(metadata.get("config", "null"))
     if saved is not None and saved != config:
         differing = sorted(k for k in {*saved, *config} if saved.get(k) != config.get(k))
         raise ValueError(
@@ -105,6 +106,24 @@ def load_weights(
     for parameter in module.parameters():
         parameter.requires_grad_(True)
     return module
+
+
+def open_weights(
+    folder: str | os.PathLike[str], name: str, device: str = "cpu"
+) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """Tensors and metadata of a safetensors file.
+
+    Raises:
+        FileNotFoundError: no such file. ValueError: it is truncated.
+    """
+    from safetensors import SafetensorError, safe_open
+
+    path = _existing(Path(folder), name)
+    try:
+        with safe_open(path, framework="pt", device=device) as file:
+            return {name: file.get_tensor(name) for name in file.keys()}, file.metadata() or {}  # noqa: SIM118
+    except SafetensorError as error:
+        raise ValueError(f"{path} is truncated or not a safetensors file: {error}") from error
 
 
 def _existing(folder: Path, name: str) -> Path:

@@ -25,6 +25,8 @@ from fastlm.models._check import (
     config_from_dict,
 )
 from fastlm.models._files import load_config, load_weights, save_folder
+from fastlm.models._hf import read_model, write_model
+from fastlm.models._hf_causal import config_from_hf, config_to_hf, state_from_hf, state_to_hf
 from fastlm.models._sampling import check_sampling, sample
 from fastlm.nn import Embedding, KVCache, RotaryEmbedding, TransformerBlock
 from fastlm.nn.mlp import ACTIVATIONS
@@ -310,6 +312,34 @@ class CausalLM(nn.Module):
         values = load_config(folder)
         config = CausalLMConfig.from_dict(values)
         return cast(CausalLM, load_weights(folder, values, lambda: cls(config), device))
+
+    @classmethod
+    def from_hf(cls, source: str | os.PathLike[str] | nn.Module) -> CausalLM:
+        """The model that computes what a transformers GPT-2 or Llama (or Mistral without a window) does, in float32.
+
+        Args:
+            source: a folder that save_pretrained wrote (config.json, model.safetensors, in shards or whole), or a
+                GPT2LMHeadModel, LlamaForCausalLM, MistralForCausalLM. transformers itself is not needed for a folder.
+
+        Raises:
+            FileNotFoundError: folder or file missing. TypeError: source is neither.
+            ValueError: another family; a field or tensor that has no place here, by name.
+        """
+        values, state = read_model(source)
+        config = CausalLMConfig(**config_from_hf(values))
+        model = cls(config)
+        model.load_state_dict(state_from_hf(config, values, state))
+        return model
+
+    def to_hf(self, folder: str | os.PathLike[str]) -> None:
+        """Writes config.json and model.safetensors as transformers' AutoModelForCausalLM.from_pretrained reads them.
+
+        Raises:
+            ValueError: the config is neither a GPT-2's nor a Llama's; names the fields.
+            OSError: the folder cannot be written or the disk is full; what was there stays whole.
+        """
+        target = config_to_hf(self.config)
+        write_model(folder, target, state_to_hf(self.config, target, self.state_dict()))
 
 
 @contextmanager
