@@ -50,8 +50,8 @@ class Timed(PlainReporter):
         super().step(progress)
         self.left = time.perf_counter()
 
-    def evaluation(self, step: int, loss: float) -> None:
-        super().evaluation(step, loss)
+    def evaluation(self, step: int, figures: dict[str, float]) -> None:
+        super().evaluation(step, figures)
         self.left = time.perf_counter()
 
     def peer(self, progress: Progress) -> None:
@@ -123,9 +123,9 @@ class InTurns(Timed):
         loss.item()
         self.theirs.append(time.perf_counter() - began)
 
-    def evaluation(self, step: int, loss: float) -> None:
+    def evaluation(self, step: int, figures: dict[str, float]) -> None:
         self.evaluations[0] += time.perf_counter() - self.left
-        super().evaluation(step, loss)
+        super().evaluation(step, figures)
 
     @torch.no_grad()
     def estimate(self) -> None:
@@ -146,7 +146,7 @@ class InTurns(Timed):
         validation, total = self.trainer.validation, 0.0
         self.plain.eval()
         for i in range(len(validation)):
-            x, y = validation[i]
+            x, y = validation[i].values()
             total += float(self.plain(x, y)) * int((y != IGNORE).sum())
         return total / validation.targets
 

@@ -1,4 +1,7 @@
-"""Batches of windows. Batch i is a pure function of (seed, i): to resume is to go on counting."""
+"""Batches of windows. Batch i is a pure function of (seed, i): to resume is to go on counting.
+
+A batch is a dict of tensors, keyword by keyword what the model's forward takes.
+"""
 
 from __future__ import annotations
 
@@ -44,11 +47,11 @@ class RandomWindows:
         generator = np.random.Generator(np.random.Philox(key=self.seed, counter=[0, 0, 0, number]))
         return generator.integers(0, len(self.tokens) - self.context, size=self.batch)
 
-    def __getitem__(self, number: int) -> tuple[Tensor, Tensor]:
-        """Inputs and targets of batch `number`, each (B, T) int64; targets are the next tokens."""
+    def __getitem__(self, number: int) -> dict[str, Tensor]:
+        """tokens and targets of batch `number`, each (B, T) int64; targets are the next tokens."""
         starts = self.starts(number)
         window = torch.from_numpy(self.tokens[starts[:, None] + self._steps].astype(np.int64))
-        return window[:, :-1].contiguous(), window[:, 1:].contiguous()
+        return {"tokens": window[:, :-1].contiguous(), "targets": window[:, 1:].contiguous()}
 
 
 class SequentialWindows:
@@ -71,8 +74,8 @@ class SequentialWindows:
     def __len__(self) -> int:
         return -(-self.targets // (self.context * self.batch))
 
-    def __getitem__(self, number: int) -> tuple[Tensor, Tensor]:
-        """Inputs and targets of batch `number`, each (B, T) int64."""
+    def __getitem__(self, number: int) -> dict[str, Tensor]:
+        """tokens and targets of batch `number`, each (B, T) int64."""
         if not 0 <= number < len(self):
             raise IndexError(f"batch must be in 0 .. {len(self) - 1}, got {number}")
         size = self.context * self.batch
@@ -83,4 +86,4 @@ class SequentialWindows:
         inputs[: stop - start] = self.tokens[start:stop]
         targets[: stop - start] = self.tokens[start + 1 : stop + 1]
         shape = (self.batch, self.context)
-        return torch.from_numpy(inputs).view(shape), torch.from_numpy(targets).view(shape)
+        return {"tokens": torch.from_numpy(inputs).view(shape), "targets": torch.from_numpy(targets).view(shape)}

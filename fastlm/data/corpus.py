@@ -128,16 +128,38 @@ def _read_python(path: Path) -> str:
         return ""
 
 
-def from_paths(paths: Sequence[str | Path], licence: str = "not stated") -> Corpus:
+def from_paths(
+    paths: Sequence[str | Path], licence: str = "not stated", validation: Sequence[str | Path] = ()
+) -> Corpus:
     """Text files and folders of text files, in UTF-8.
 
-    A folder gives every text file below it. With one file in all, its last tenth is the validation text; with more,
-    about a tenth of the files.
+    A folder gives every text file below it. Without `validation`, with one file in all, its last tenth is the
+    validation text; with more, about a tenth of the files.
+
+    Args:
+        validation: files and folders to validate on.
 
     Raises:
         FileNotFoundError: a path does not exist, or a folder has no text file.
         ValueError: a file is not UTF-8, or there is too little text to split.
     """
+    documents = _read(paths)
+    source = ", ".join(str(path) for path in paths)
+    if validation:
+        train, held_out = tuple(dict.fromkeys(documents)), tuple(dict.fromkeys(_read(validation)))
+        return Corpus(train, held_out, source, licence, _fingerprint(train, held_out))
+    if len(set(documents)) > 1:
+        return _split(documents, source, licence)
+    text = documents[0]
+    cut = int(len(text) * (1 - VALIDATION_SHARE))
+    head, tail = text[:cut], text[cut:]
+    if not head or not tail:
+        raise ValueError(f"data: {source} has {len(text)} characters, too few to keep a tenth for validation")
+    return Corpus((head,), (tail,), source, licence, _fingerprint([head], [tail]))
+
+
+def _read(paths: Sequence[str | Path]) -> list[str]:
+    """The texts of files and folders."""
     if not paths:
         raise ValueError("data must be one or more text files or folders, got none")
     files: list[Path] = []
@@ -160,12 +182,4 @@ def from_paths(paths: Sequence[str | Path], licence: str = "not stated") -> Corp
     documents = [text for text in documents if text]
     if not documents:
         raise ValueError(f"data: {', '.join(map(str, paths))} holds no text; a corpus needs at least two characters")
-    source = ", ".join(str(path) for path in paths)
-    if len(set(documents)) > 1:
-        return _split(documents, source, licence)
-    text = documents[0]
-    cut = int(len(text) * (1 - VALIDATION_SHARE))
-    train, validation = text[:cut], text[cut:]
-    if not train or not validation:
-        raise ValueError(f"data: {source} has {len(text)} characters, too few to keep a tenth for validation")
-    return Corpus((train,), (validation,), source, licence, _fingerprint([train], [validation]))
+    return documents

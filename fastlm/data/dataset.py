@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from fastlm.data.batches import RandomWindows, SequentialWindows
 from fastlm.data.corpus import Corpus
 from fastlm.data.files import atomic_file
 from fastlm.data.shards import Shard, open_shard, write_shard
@@ -35,6 +36,14 @@ class Dataset:
     def validation_bytes(self) -> int:
         """UTF-8 bytes of the validation text, what bits per byte are counted over."""
         return int(self.info["validation_bytes"])
+
+    def train_batches(self, batch: int, seed: int, context: int) -> RandomWindows:
+        """Windows of the training text, drawn anew for every batch."""
+        return RandomWindows(self.train.tokens, context, batch, seed)
+
+    def validation_batches(self, batch: int, context: int) -> SequentialWindows:
+        """The whole validation text, every token predicted once."""
+        return SequentialWindows(self.validation.tokens, context, batch)
 
     @classmethod
     def open(cls, folder: str | Path) -> Dataset:

@@ -146,6 +146,7 @@ class Recipe:
     text: TextOptions = field(default_factory=TextOptions)
     model: ModelOptions = field(default_factory=ModelOptions)
     train: TrainConfig = field(default_factory=TrainConfig)
+    task: str = "lm"
 
 
 def default() -> Recipe:

@@ -69,6 +69,7 @@ def plot_losses(
     path: Path,
     *,
     title: str = "Loss",
+    unit: str = "token",
     tokens_per_byte: float | None = None,
     baseline: float | None = None,
 ) -> Path:
@@ -76,6 +77,7 @@ def plot_losses(
 
     Args:
         rows: of read_log().
+        unit: what the loss is counted per.
         tokens_per_byte: tokens per byte of the validation text; adds a second scale in bits per byte.
         baseline: bits per byte of a byte-bigram model, drawn as a line; needs tokens_per_byte.
     """
@@ -95,7 +97,7 @@ def plot_losses(
             axes.plot(*zip(*points, strict=True), label=label, **style)
     axes.set_title(title)
     axes.set_xlabel("step")
-    axes.set_ylabel("loss (nats per token)")
+    axes.set_ylabel(f"loss (nats per {unit})")
     axes.grid(alpha=0.3)
     if tokens_per_byte:
         scale = tokens_per_byte / math.log(2)

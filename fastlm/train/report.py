@@ -17,8 +17,8 @@ class Progress:
         step, steps: done and, if the run is counted, in all.
         fraction: of the run that is over.
         elapsed, left: seconds.
-        loss: of the last step, nats per token.
-        speed: tokens per second, averaged over about ten steps.
+        loss: of the last step, nats per target.
+        speed: tokens per second, padding left out; averaged over about ten steps.
     """
 
     step: int
@@ -41,6 +41,10 @@ def clock(seconds: float) -> str:
     return f"{hours}:{rest // 60:02}:{rest % 60:02}" if hours else f"{rest // 60}:{rest % 60:02}"
 
 
+def _listed(figures: dict[str, float]) -> str:
+    return "  ".join(f"{name.replace('_', ' ')} {value:.4f}" for name, value in figures.items())
+
+
 class Reporter:
     """Says nothing; the others override it."""
 
@@ -50,8 +54,8 @@ class Reporter:
     def step(self, progress: Progress) -> None:
         """A step is done."""
 
-    def evaluation(self, step: int, loss: float) -> None:
-        """The validation loss was found."""
+    def evaluation(self, step: int, figures: dict[str, float]) -> None:
+        """Figures on the validation data were found, "loss" first."""
 
     def message(self, text: str) -> None:
         """Something to know."""
@@ -87,8 +91,8 @@ class PlainReporter(Reporter):
             f"{p.fraction:4.0%}  step {p.step}  loss {p.loss:.3f}  {p.speed:,.0f} tokens/s  left {clock(p.left)}"
         )
 
-    def evaluation(self, step: int, loss: float) -> None:
-        self.message(f"      step {step}  validation loss {loss:.4f}")
+    def evaluation(self, step: int, figures: dict[str, float]) -> None:
+        self.message(f"      step {step}  validation {_listed(figures)}")
 
     def message(self, text: str) -> None:
         print(text, file=self.stream, flush=True)
@@ -130,8 +134,8 @@ class LiveReporter(Reporter):
         text = f"loss {p.loss:.3f}  {p.speed:,.0f} tokens/s  left {clock(p.left)}"
         self._bar.update(self._task, completed=p.fraction, text=text, refresh=True)
 
-    def evaluation(self, step: int, loss: float) -> None:
-        self.message(f"step {step}: validation loss {loss:.4f}")
+    def evaluation(self, step: int, figures: dict[str, float]) -> None:
+        self.message(f"step {step}: validation {_listed(figures)}")
 
     def message(self, text: str) -> None:
         self.console.print(text, highlight=False, markup=False)

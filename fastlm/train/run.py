@@ -3,19 +3,17 @@
 from __future__ import annotations
 
 import json
-import math
 import shutil
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from fastlm.data import Corpus, Dataset, atomic_file, prepare, recover_folder
-from fastlm.metrics import bigram_bits_per_byte
-from fastlm.models import CausalLM
+from fastlm.data import Corpus, atomic_file, atomic_folder, recover_folder
 from fastlm.train import randomness
 from fastlm.train.config import ModelOptions, Recipe, TextOptions, TrainConfig
 from fastlm.train.log import LOG, PLOT, plot_losses, read_log
 from fastlm.train.report import Reporter
+from fastlm.train.tasks import TASKS, Data, Source, Task
 from fastlm.train.trainer import Result, Trainer, pick_device
 
 FILE = "run.json"
@@ -27,36 +25,41 @@ class Run:
     """A trainer with its data, and the recipe it follows.
 
     Attributes:
-        baseline: bits per byte of a byte-bigram model on the validation text.
+        baseline: the figure to beat: for lm bits per byte of a byte bigram on the validation text.
     """
 
     recipe: Recipe
-    data: Dataset
+    data: Data
     trainer: Trainer
     baseline: float
+
+    @property
+    def task(self) -> Task:
+        return TASKS[self.recipe.task]
 
     @property
     def folder(self) -> Path:
         return self.recipe.train.out
 
 
-def start(recipe: Recipe, corpus: Corpus, reporter: Reporter, overwrite: bool = False) -> Run:
-    """A new run: tokenizer and shards written below recipe.train.out, the model initialised from the seed.
+def start(recipe: Recipe, source: Source | Corpus, reporter: Reporter, overwrite: bool = False) -> Run:
+    """A new run: its data prepared below recipe.train.out, the model initialised from the seed.
 
     Raises:
-        ValueError: the folder holds a run already and `overwrite` is False.
+        ValueError: the folder holds a run already and `overwrite` is False; or the data is not what the task needs.
     """
-    folder = recipe.train.out
+    folder, task = recipe.train.out, TASKS[recipe.task]
     if not overwrite and holds_run(folder):
         raise ValueError(f"{folder} holds a run already: continue it with --resume {folder}, or choose another --out")
-    recipe.model.config(vocab_size=1 << 16)  # a wrong shape raises before anything is touched
+    task.config(recipe.model, None)  # a wrong shape raises before anything is touched
     pick_device(recipe.train.device)
-    for name in ("best", "last", "best.old", "last.old", "tensorboard", DATA):
+    with atomic_folder(folder / DATA) as temporary:  # what cannot be read leaves the run that was there whole
+        _, baseline = task.prepare(source, temporary, recipe.text, None)
+    for name in ("best", "last", "best.old", "last.old", "tensorboard"):
         shutil.rmtree(folder / name, ignore_errors=True)
     for name in (LOG, PLOT, FILE):
         (folder / name).unlink(missing_ok=True)
-    data = prepare(corpus, folder / DATA, recipe.text.tokenizer, recipe.text.vocab)
-    run = _make(recipe, data, reporter, bigram_bits_per_byte(corpus.train, corpus.validation))
+    run = _make(recipe, task.open(folder / DATA), reporter, baseline)
     _save(run)
     return run
 
@@ -70,7 +73,7 @@ def resume(recipe: Recipe, reporter: Reporter) -> Run:
     """
     folder = recipe.train.out
     baseline = float(_read(folder)["baseline"])
-    run = _make(recipe, Dataset.open(folder / DATA), reporter, baseline)
+    run = _make(recipe, TASKS[recipe.task].open(folder / DATA), reporter, baseline)
     run.trainer.resume()
     _save(run)
     return run
@@ -86,7 +89,10 @@ def saved_recipe(folder: str | Path) -> Recipe:
     content = _read(Path(folder))
     try:
         recipe = Recipe(
-            TextOptions(**content["text"]), ModelOptions(**content["model"]), TrainConfig(**content["train"])
+            TextOptions(**content["text"]),
+            ModelOptions(**content["model"]),
+            TrainConfig(**content["train"]),
+            content.get("task", "lm"),  # runs of before there were others
         )
     except (KeyError, TypeError) as error:
         raise ValueError(f"{Path(folder) / FILE} is damaged or of another version of fastlm: {error}") from None
@@ -100,32 +106,29 @@ def holds_run(folder: Path) -> bool:
 
 
 def finish(run: Run) -> Path:
-    """Draw the losses of a run and the byte bigram they are held against."""
+    """Draw the losses of a run, and for lm the byte bigram they are held against."""
+    lm: dict[str, float] = {}
+    if run.task.name == "lm":
+        info = run.data.info
+        lm = {"tokens_per_byte": info["validation_tokens"] / info["validation_bytes"], "baseline": run.baseline}
     return plot_losses(
         read_log(run.folder / LOG),
         run.folder / PLOT,
         title=f"{run.trainer.model.num_parameters() / 1e6:.2f} million weights on {_shorten(run.data.info['source'])}",
-        tokens_per_byte=run.trainer.validation.targets / run.data.validation_bytes,
-        baseline=run.baseline,
+        unit=run.task.unit,
+        **lm,
     )
 
 
 def summary(run: Run, result: Result) -> str:
     """The figures of a finished run, a line each."""
-    lines = [f"validation loss  {result.validation_loss:.4f} nats per token, whole validation text"]
-    if math.isfinite(result.perplexity):
-        lines.append(f"perplexity       {result.perplexity:.2f} per token, of {run.data.tokenizer.vocab_size} tokens")
-    verdict = "below" if result.bits_per_byte < run.baseline else "NOT below"
-    lines += [
-        f"bits per byte    {result.bits_per_byte:.3f}",
-        f"byte bigram      {run.baseline:.3f} bits per byte on the same text; the model is {verdict} it",
-    ]
-    return "\n".join(lines)
+    return "\n".join(run.task.summary(run.data, result.figures, run.baseline))
 
 
-def _make(recipe: Recipe, data: Dataset, reporter: Reporter, baseline: float) -> Run:
+def _make(recipe: Recipe, data: Data, reporter: Reporter, baseline: float) -> Run:
     randomness.seed_everything(recipe.train.seed)
-    model = CausalLM(recipe.model.config(data.tokenizer.vocab_size))
+    task = TASKS[recipe.task]
+    model = task.model(task.config(recipe.model, data))
     return Run(recipe, data, Trainer(model, data, recipe.train, reporter), baseline)
 
 

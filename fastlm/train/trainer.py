@@ -17,9 +17,6 @@ from torch import Tensor
 
 import fastlm
 from fastlm import native
-from fastlm.data import IGNORE, Dataset, RandomWindows, SequentialWindows
-from fastlm.metrics import bits_per_byte, perplexity
-from fastlm.models import CausalLM
 from fastlm.optim import AdamW
 from fastlm.train import randomness
 from fastlm.train.checkpoint import read_checkpoint, read_state, save_checkpoint
@@ -27,6 +24,7 @@ from fastlm.train.config import TrainConfig
 from fastlm.train.log import RunLog
 from fastlm.train.report import Progress, Reporter
 from fastlm.train.schedule import learning_rate
+from fastlm.train.tasks import Data, Model, count_targets, count_tokens, find_task
 
 Stopped = Literal["finished", "interrupted", "terminated"]
 
@@ -46,22 +44,25 @@ class Result:
     Attributes:
         stopped: "finished", "interrupted" (Ctrl-C) or "terminated" (SIGTERM).
         steps, seconds: in all, earlier parts of a resumed run included.
-        validation_loss: over the whole validation text, nats per token; NaN unless finished.
-        perplexity, bits_per_byte: of the same.
+        figures: over the whole validation data: "loss" and whatever else the task is judged by, such as "perplexity"
+            and "bits_per_byte" or "accuracy"; empty unless finished.
         checkpoint: folder to resume from.
     """
 
     stopped: Stopped
     steps: int
     seconds: float
-    validation_loss: float
-    perplexity: float
-    bits_per_byte: float
+    figures: dict[str, float]
     checkpoint: Path
+
+    @property
+    def validation_loss(self) -> float:
+        """Nats per target; NaN unless finished."""
+        return self.figures.get("loss", math.nan)
 
 
 class Trainer:
-    """Trains a model on a dataset.
+    """Trains a model of any family on its dataset.
 
     >>> trainer = Trainer(CausalLM(recipe.model.config(data.tokenizer.vocab_size)), data, recipe.train)
     >>> result = trainer.fit()
@@ -70,7 +71,7 @@ class Trainer:
     also when it was killed and resumed from last/, unless the clock (config.minutes) takes part in it.
 
     Args:
-        model: moved to the device of the config.
+        model: moved to the device of the config. Its class and head say what the task is (fastlm.train.tasks).
         data: its tokenizer's vocabulary must be the model's.
         config: see TrainConfig.
         reporter: is told of the progress; by default nothing is printed.
@@ -79,16 +80,16 @@ class Trainer:
         ValueError: model and data do not fit together, or the text is shorter than the context.
     """
 
-    def __init__(self, model: CausalLM, data: Dataset, config: TrainConfig, reporter: Reporter | None = None) -> None:
+    def __init__(self, model: Model, data: Data, config: TrainConfig, reporter: Reporter | None = None) -> None:
         vocab = data.tokenizer.vocab_size
         if model.config.vocab_size != vocab:
             raise ValueError(f"model has vocab_size {model.config.vocab_size}, its data in {data.folder} has {vocab}")
         context = model.config.context
         self.device = pick_device(config.device)
-        self.batches = RandomWindows(data.train.tokens, context, config.batch, config.seed)
+        self.task = find_task(model)
+        self.batches = data.train_batches(config.batch, config.seed, context)
         # Evaluation has no optimizer state and no graph to hold, so small batches would only waste time.
-        size = max(config.batch, 4096 // context)
-        self.validation = SequentialWindows(data.validation.tokens, context, size)
+        self.validation = data.validation_batches(max(config.batch, 4096 // context), context)
         if config.malloc:
             fastlm.tune_malloc()
         if config.threads:
@@ -99,10 +100,10 @@ class Trainer:
         self.optimizer = make_optimizer(self.model, config, low)
         self._autocast = torch.autocast(self.device.type, torch.bfloat16, enabled=low is not None)
         self.step = 0
-        self.best = math.inf
+        self.best: float | None = None
         self.seconds = 0.0
         self._started: float | None = None
-        self._speed = 0.0
+        self._speed = self._pace = 0.0  # tokens per second, seconds per step; averaged over about ten steps
         self._asked: Stopped | None = None
         self._unchecked: list[tuple[int, float, Tensor]] = []
 
@@ -124,7 +125,7 @@ class Trainer:
         meta = read_checkpoint(folder)
         if "train" not in meta or "tokenizer" not in meta:
             raise ValueError(f"{folder} was not saved by a trainer")
-        saved = CausalLM.load(folder)
+        saved = type(self.model).load(folder)
         mine, theirs = asdict(self.model.config), asdict(saved.config)
         differing = [
             f"{name} is {theirs[name]!r} there, {mine[name]!r} here" for name in mine if mine[name] != theirs[name]
@@ -151,7 +152,7 @@ class Trainer:
         self.model.load_state_dict(saved.state_dict())
         randomness.set_state(state["random"])
         self.step, self.seconds = int(meta["step"]), float(meta["seconds"])
-        self.best = math.inf if meta["best"] is None else float(meta["best"])
+        self.best = meta["best"]
 
     def save(self, name: str) -> Path:
         """Write the checkpoint config.out/name: "last" with everything to resume, "best" the model alone."""
@@ -162,7 +163,9 @@ class Trainer:
         meta = {
             "step": self.step,
             "seconds": self._elapsed(),
-            "best": self.best if math.isfinite(self.best) else None,
+            "best": self.best,
+            "task": self.task.name,
+            "labels": list(getattr(self.data, "labels", ())),
             "tokenizer": self.data.tokenizer.fingerprint,
             "data": self.data.info["sha256"],
             "fastlm": fastlm.__version__,
@@ -189,7 +192,7 @@ class Trainer:
             randomness.seed_everything(c.seed)
         log = RunLog(c.out, self.step, c.tensorboard)
         self._started = time.perf_counter()
-        loss = math.nan
+        figures: dict[str, float] = {}
         try:
             with self._signals():
                 self.reporter.start(self.progress())
@@ -202,30 +205,30 @@ class Trainer:
                 saved = self.save("last")
                 if self._asked is None:
                     with suppress(_StopAskedError):
-                        loss = self._finish(log)
+                        figures = self._finish(log)
                 stopped = self._asked or "finished"
         finally:
             self.seconds, self._started = self._elapsed(), None
             self._asked = None
             self.reporter.stop()
             log.close()
-        bpb = bits_per_byte(loss * self.validation.targets, self.data.validation_bytes)
-        return Result(stopped, self.step, self.seconds, loss, perplexity(loss), bpb, saved)
+        return Result(stopped, self.step, self.seconds, figures, saved)
 
-    def _finish(self, log: RunLog) -> float:
-        """The loss over the whole validation text, and best/ brought up to date."""
+    def _finish(self, log: RunLog) -> dict[str, float]:
+        """The figures over the whole validation data, and best/ brought up to date."""
         c = self.config
-        loss, _ = self.evaluate()
+        figures, targets = self.evaluate()
         before = self.best
         if c.eval_batches == 0 or not (c.out / "best").exists():
-            self._keep_best(loss)
+            self._keep_best(figures)
         else:  # earlier evaluations were over fewer batches, so compare like with like
             self._keep_best(self.evaluate(c.eval_batches)[0])
         if self.best != before:  # a run that is resumed to go further must know what to beat
             self.save("last")
-        log.write(self.step, validation_loss=loss)
-        self.reporter.evaluation(self.step, loss)
-        return loss
+        self._tell(log, figures)
+        with self._evaluating():
+            more = self.task.conclude(self.model, self.data, figures, targets, self._pulse)
+        return {**figures, **more}
 
     def _done(self) -> bool:
         return self.fraction() >= 1
@@ -268,8 +271,8 @@ class Trainer:
         if self.device.type == "cpu" or logged:  # elsewhere every look waits for the device
             values = self._check_finite()
             seconds = time.perf_counter() - started
-            speed = tokens / max(seconds, 1e-9)
-            self._speed = speed if not self._speed else 0.9 * self._speed + 0.1 * speed
+            self._speed = _smooth(self._speed, tokens / max(seconds, 1e-9))
+            self._pace = _smooth(self._pace, seconds)
             grad = values[1] if len(values) > 1 else math.nan
             progress = self.progress(loss=values[0], grad_norm=grad, lr=rate)
             self.reporter.step(progress)
@@ -287,21 +290,21 @@ class Trainer:
         c = self.config
         first = self.step * c.accumulate
         passes = [self.batches[first + i] for i in range(c.accumulate)]
-        targets = sum(int((y != IGNORE).sum()) for _, y in passes)
+        targets = max(1, sum(int(count_targets(batch)) for batch in passes))  # none at all adds nothing
         total = torch.zeros((), device=self.device)
         self.model.train()
-        for x, y in passes:
+        for batch in passes:
             with self._autocast:
-                loss = self.model(self._move(x), self._move(y), reduction="sum")[0]
+                loss = self.model(**self._move(batch), reduction="sum").loss
             loss = loss / targets
             loss.backward()
             total += loss.detach()
-        return total, targets
+        return total, sum(map(count_tokens, passes))
 
-    def _move(self, batch: Tensor) -> Tensor:
+    def _move(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
         if self.device.type == "cuda":
-            return batch.pin_memory().to(self.device, non_blocking=True)
-        return batch.to(self.device)
+            return {name: t.pin_memory().to(self.device, non_blocking=True) for name, t in batch.items()}
+        return {name: t.to(self.device) for name, t in batch.items()}
 
     def _check_finite(self) -> list[float]:
         """Loss and gradient norm of the last step, once those of every step not looked at yet are found finite."""
@@ -321,41 +324,50 @@ class Trainer:
 
     # -- evaluation --------------------------------------------------------------------------------------------------
 
-    @torch.no_grad()
-    def evaluate(self, batches: int = 0) -> tuple[float, int]:
-        """Mean loss on the validation text, nats per token, and the number of tokens it is over.
+    def evaluate(self, batches: int = 0) -> tuple[dict[str, float], int]:
+        """The task's figures on the validation data, "loss" in nats per target among them, and the number of targets.
 
         Args:
-            batches: this many, spread evenly over the text; 0 for all of it.
+            batches: this many, spread evenly over the data; 0 for all of it.
         """
         count = len(self.validation)
         chosen = range(count) if not 0 < batches < count else [i * count // batches for i in range(batches)]
-        total, targets = torch.zeros((), dtype=torch.float64, device=self.device), 0
+        measure = self.task.measure(self.data)
+        with self._evaluating():
+            for index in chosen:
+                self._pulse()
+                measure.add(self.model, self._move(self.validation[index]))
+        return measure.figures(), int(measure.targets)
+
+    @contextmanager
+    def _evaluating(self) -> Iterator[None]:
         was_training = self.model.training
         self.model.eval()
         try:
-            for index in chosen:
-                if self._asked is not None:
-                    raise _StopAskedError
-                x, y = self.validation[index]
-                targets += int((y != IGNORE).sum())
-                with self._autocast:
-                    total += self.model(self._move(x), self._move(y), reduction="sum")[0]
+            with torch.no_grad(), self._autocast:
+                yield
         finally:
             self.model.train(was_training)
-        return float(total) / targets, targets
+
+    def _pulse(self) -> None:
+        if self._asked is not None:
+            raise _StopAskedError
 
     def _evaluate(self, log: RunLog) -> None:
         self._check_finite()
-        loss, _ = self.evaluate(self.config.eval_batches)
-        log.write(self.step, validation_loss=loss)
-        self.reporter.evaluation(self.step, loss)
+        figures, _ = self.evaluate(self.config.eval_batches)
+        self._tell(log, figures)
         if self.step:
-            self._keep_best(loss)
+            self._keep_best(figures)
 
-    def _keep_best(self, loss: float) -> None:
-        if loss < self.best:
-            self.best = loss
+    def _tell(self, log: RunLog, figures: dict[str, float]) -> None:
+        log.write(self.step, **{f"validation_{name}": value for name, value in figures.items()})
+        self.reporter.evaluation(self.step, figures)
+
+    def _keep_best(self, figures: dict[str, float]) -> None:
+        value = figures[self.task.decisive]
+        if self.task.better(value, self.best):
+            self.best = value
             self.save("best")
 
     # -- clock, progress, signals ------------------------------------------------------------------------------------
@@ -367,9 +379,8 @@ class Trainer:
         """Where the run stands."""
         elapsed, fraction, c = self._elapsed(), self.fraction(), self.config
         left = math.nan
-        if self._speed:
-            tokens = c.batch * c.accumulate * self.model.config.context
-            left = math.inf if c.steps is None else (c.steps - self.step) * tokens / self._speed
+        if self._pace:
+            left = math.inf if c.steps is None else (c.steps - self.step) * self._pace
             if c.minutes is not None:
                 left = min(left, max(0.0, 60 * c.minutes - elapsed))
         return Progress(self.step, c.steps, fraction, elapsed, left, loss, self._speed, grad_norm, lr)
@@ -442,6 +453,11 @@ def make_optimizer(model: torch.nn.Module, config: TrainConfig, low: torch.dtype
     # An infinite limit clips nothing, but the norm is still found, to be logged and checked.
     limit = config.clip or math.inf
     return AdamW([g for g in groups if g["params"]], lr=config.lr, betas=betas, max_norm=limit, shadow_dtype=low)
+
+
+def _smooth(mean: float, value: float) -> float:
+    """The mean of about the last ten values; 0 is no value yet."""
+    return 0.9 * mean + 0.1 * value if mean else value
 
 
 def _plain(value: Any) -> Any:

@@ -16,23 +16,24 @@ def test_a_batch_is_a_function_of_seed_and_number() -> None:
     late = b[1000]  # without the thousand before it
     for i in range(1000):
         a[i]
-    assert torch.equal(a[1000][0], late[0]) and torch.equal(a[1000][1], late[1])
-    assert not torch.equal(a[0][0], a[1][0])
-    assert not torch.equal(a[0][0], RandomWindows(TOKENS, 16, 4, seed=8)[0][0])
+    assert all(torch.equal(a[1000][name], late[name]) for name in late)
+    assert not torch.equal(a[0]["tokens"], a[1]["tokens"])
+    assert not torch.equal(a[0]["tokens"], RandomWindows(TOKENS, 16, 4, seed=8)[0]["tokens"])
     state = np.random.get_state()[1]
     a[3]
     assert (np.random.get_state()[1] == state).all(), "a batch draws from nobody else's generator"
 
 
 def test_targets_are_the_next_tokens() -> None:
-    x, y = RandomWindows(TOKENS, 16, 4, seed=0)[0]
+    batch = RandomWindows(TOKENS, 16, 4, seed=0)[0]
+    x, y = batch["tokens"], batch["targets"]
     assert x.shape == y.shape == (4, 16) and x.dtype == y.dtype == torch.int64
     assert torch.equal(y, x + 1) and x.is_contiguous() and y.is_contiguous()
 
 
 def test_every_start_is_drawn() -> None:
     windows = RandomWindows(TOKENS[:20], 16, 8, seed=0)
-    starts = {int(s) for i in range(50) for s in windows[i][0][:, 0]}
+    starts = {int(s) for i in range(50) for s in windows[i]["tokens"][:, 0]}
     assert starts == {0, 1, 2, 3}
 
 
@@ -41,7 +42,7 @@ def test_sequential_predicts_every_token_once(count: int) -> None:
     windows = SequentialWindows(TOKENS[:count], 16, 4)
     found: list[int] = []
     for i in range(len(windows)):
-        x, y = windows[i]
+        x, y = windows[i]["tokens"], windows[i]["targets"]
         assert x.shape == y.shape == (4, 16)
         seen = y != IGNORE
         assert torch.equal(x[seen] + 1, y[seen])

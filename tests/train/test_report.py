@@ -28,7 +28,7 @@ def test_plain_lines() -> None:
     reporter = PlainReporter(stream, seconds=1e9)
     reporter.start(HALF)
     reporter.step(HALF)  # too soon
-    reporter.evaluation(50, 3.5)
+    reporter.evaluation(50, {"loss": 3.5})
     reporter.step(END)
     reporter.stop()
     assert stream.getvalue().splitlines() == [
@@ -46,7 +46,7 @@ def test_live_bar_fits_sixty_columns() -> None:
     reporter = LiveReporter(console)
     reporter.start(HALF)
     reporter.step(HALF)
-    reporter.evaluation(50, 3.5)
+    reporter.evaluation(50, {"loss": 3.5})
     reporter.message("a message")
     reporter.step(END)
     reporter.stop()

@@ -48,12 +48,12 @@ def equal(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:
 
 def test_it_learns_and_writes_everything(make: Make, tmp_path: Path) -> None:
     trainer = make(steps=80, lr=1e-2, eval_every=40, save_every=40, tensorboard=True)
-    before, _ = trainer.evaluate()
+    before = trainer.evaluate()[0]["loss"]
     result = trainer.fit()
     assert result.stopped == "finished" and result.steps == 80
     assert result.validation_loss < before - 0.5
-    assert result.perplexity == pytest.approx(math.exp(result.validation_loss))
-    assert 0 < result.bits_per_byte < 8
+    assert result.figures["perplexity"] == pytest.approx(math.exp(result.validation_loss))
+    assert 0 < result.figures["bits_per_byte"] < 8
     run = tmp_path / "run"
     assert {p.name for p in (run / "best").iterdir()} == {
         "model.safetensors", "config.json", "tokenizer.json", "checkpoint.json",
@@ -113,13 +113,14 @@ def test_accumulation_divides_by_the_tokens_there_are(make: Make, monkeypatch: p
     """Passes with different numbers of ignored targets give the gradient of the one large batch they make up."""
     model = ModelOptions(style="gpt2", layers=1, heads=2, width=32, context=16)
     one, four = make(batch=8, model=model), make(batch=2, accumulate=4, model=model)
-    x, y = one.batches[0]
+    x, y = one.batches[0].values()
     y = y.clone()
     y[0] = y[3, 5:] = y[7, 1:] = IGNORE
-    monkeypatch.setattr(one, "batches", [(x, y)])
-    monkeypatch.setattr(four, "batches", [(x[i : i + 2], y[i : i + 2]) for i in range(0, 8, 2)])
+    monkeypatch.setattr(one, "batches", [{"tokens": x, "targets": y}])
+    parts = [{"tokens": x[i : i + 2], "targets": y[i : i + 2]} for i in range(0, 8, 2)]
+    monkeypatch.setattr(four, "batches", parts)
     (loss_one, tokens_one), (loss_four, tokens_four) = one._accumulate(), four._accumulate()
-    assert tokens_one == tokens_four == int((y != IGNORE).sum())
+    assert tokens_one == tokens_four == x.numel()
     torch.testing.assert_close(loss_one, loss_four)
     for p, q in zip(one.model.parameters(), four.model.parameters(), strict=True):
         torch.testing.assert_close(p.grad, q.grad, atol=1e-6, rtol=1e-4)
