@@ -30,6 +30,7 @@ from fastlm.models._hf_causal import config_from_hf, config_to_hf, state_from_hf
 from fastlm.models._sampling import check_sampling, sample
 from fastlm.nn import Embedding, KVCache, RotaryEmbedding, TransformerBlock
 from fastlm.nn.mlp import ACTIVATIONS
+from fastlm.nn.norm import dropped
 from fastlm.nn.transformer import make_norm
 
 
@@ -190,9 +191,7 @@ class CausalLM(nn.Module):
         else:
             assert self.rope is not None
             rope = self.rope(S, start, tokens.device)
-        p = self.dropout.p if self.dropout.training else 0.0
-        # torch's generator on the CPU is serial
-        x = ops.dropout(x, p) if x.is_cpu and 0.0 < p < 1.0 else self.dropout(x)
+        x = dropped(x, self.dropout.p if self.dropout.training else 0.0)
         for i, block in enumerate(self.blocks):
             x = block(x, rope, caches[i] if caches else None)
         return self.norm(x)
