@@ -29,8 +29,8 @@ COMPILED = ("compile", "plain compiled")
 APART = ("fastlm", *COMPILED, "torch chunked")
 
 
-def path_for(model: str) -> Path:
-    name = re.sub(r"[^a-z0-9]+", "-", f"cpu {model}".lower()).strip("-")
+def path_for(model: str, kind: str = "cpu") -> Path:
+    name = re.sub(r"[^a-z0-9]+", "-", f"{kind} {model}".lower()).strip("-")
     return ROOT / "bench" / "results" / f"{name}.json"
 
 

@@ -1,0 +1,236 @@
+"""A training step of transformers' own GPT-2 and Llama, about 100M weights, before and after fastlm.hf.enable.
+
+    python -m bench.bench_hf                                    both models, fp32, bf16 and bf16 weights
+    python -m bench.bench_hf --model llama --precision bf16     one of them
+    python -m bench.bench_hf --parts                            also each part of enable() alone: what it saves
+    python -m bench.bench_hf --save                             writes bench/results/hf-<device>.json
+
+One step: forward with labels, backward, clipping to norm 1, torch.optim.AdamW (fused), the same for all but
+"+ AdamW", which has fastlm.optim.AdamW. It is one model in one process, enabled and disabled between the steps, which
+take turns; gradients and loss are compared first. bf16 is torch.autocast; "bf16 weights" a model that is bfloat16
+throughout. Peak memory is that of a process of its own for each side, less what it held before the model was made.
+Stock is attn_implementation="sdpa", transformers' own choice.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import io
+import json
+import os
+import platform
+import resource
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+ROOT = Path(__file__).resolve().parent.parent
+MODELS = ("gpt2", "llama")
+PRECISIONS = ("fp32", "bf16", "bf16 weights")
+MALLOC = ("default", "tuned")
+PARTS = ("attention", "norm", "mlp", "rope", "loss")
+STOCK, ENABLED, OPTIMIZER = "stock", "enabled", "enabled + AdamW"
+
+
+def build(name: str, precision: str, layers: int | None = None) -> nn.Module:
+    """GPT-2's 124 million weights, or a Llama of 12 layers, 768 wide, 12 heads over 4, 111 million."""
+    import transformers
+
+    torch.manual_seed(0)
+    if name == "gpt2":
+        config = transformers.GPT2Config(n_layer=layers or 12, resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0)
+        model: nn.Module = transformers.GPT2LMHeadModel._from_config(config, attn_implementation="sdpa")
+    else:
+        config = transformers.LlamaConfig(
+            vocab_size=32000, hidden_size=768, intermediate_size=2048, num_hidden_layers=layers or 12,
+            num_attention_heads=12, num_key_value_heads=4, max_position_embeddings=2048,
+        )  # fmt: skip
+        model = transformers.LlamaForCausalLM._from_config(config, attn_implementation="sdpa")
+    model.config.use_cache = False
+    return model.train().to(torch.bfloat16 if precision == "bf16 weights" else torch.float32)
+
+
+@contextlib.contextmanager
+def variant(model: nn.Module, name: str) -> Iterator[None]:
+    """The model as that variant has it, for the length of the block."""
+    if name == STOCK:
+        yield
+        return
+    from fastlm import hf
+
+    wanted = {part: name in (part, ENABLED, OPTIMIZER) for part in PARTS}
+    with contextlib.redirect_stdout(io.StringIO()):
+        hf.enable(model, **wanted)
+    try:
+        yield
+    finally:
+        hf.disable(model)
+
+
+def loss_of(model: nn.Module, tokens: Tensor, precision: str) -> Tensor:
+    with torch.autocast("cpu", torch.bfloat16, enabled=precision == "bf16"):
+        return model(input_ids=tokens, labels=tokens).loss
+
+
+def agree(model: nn.Module, tokens: Tensor, precision: str, names: list[str]) -> None:
+    """Refuses to time a wrong result."""
+    found = {}
+    for name in (STOCK, *(n for n in names if n != STOCK)):
+        with variant(model, name):
+            loss = loss_of(model, tokens, precision)
+            loss.backward()
+        found[name] = loss.item(), [p.grad.float().clone() for p in model.parameters() if p.grad is not None]
+        model.zero_grad()
+        wrong = abs(found[name][0] - found[STOCK][0]) / found[STOCK][0]
+        for mine, theirs in zip(found[name][1], found[STOCK][1], strict=True):
+            wrong = max(wrong, ((mine - theirs).norm() / theirs.norm()).item())
+        # stock's own bf16 gradients are 1 to 3 % from float32's
+        if not wrong < (2e-4 if precision == "fp32" else 0.1):
+            raise SystemExit(f"bench: {name} differs from stock by {wrong:.3g}; a wrong result is not timed")
+        if name != STOCK:
+            del found[name]
+
+
+def step_of(model: nn.Module, tokens: Tensor, precision: str, name: str) -> Callable[[], float]:
+    """Seconds of one training step."""
+    from fastlm.optim import AdamW
+
+    if name == OPTIMIZER:
+        optimizer: torch.optim.Optimizer = AdamW(model.parameters(), 1e-5, max_norm=1.0)
+    else:
+        optimizer = torch.optim.AdamW(model.parameters(), 1e-5, fused=True)
+
+    def step() -> float:
+        start = time.perf_counter()
+        loss_of(model, tokens, precision).backward()
+        if name != OPTIMIZER:
+            nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+        return time.perf_counter() - start
+
+    return step
+
+
+def worker(options: argparse.Namespace) -> None:
+    """Prints one JSON line: medians by variant, or the peak of one variant."""
+    import fastlm
+
+    if options.malloc[0] == "tuned" and not fastlm.tune_malloc():
+        raise SystemExit("malloc cannot be tuned here: python -m fastlm.info says why")
+    precision, names = options.precision[0], options.worker.split(",")
+    before = peak()
+    model = build(options.model[0], precision, options.layers)
+    tokens = torch.randint(3, model.config.vocab_size, (options.batch, options.length))
+    if len(names) > 1:
+        agree(model, tokens, precision, names)
+    states: dict[str, Callable[[], float]] = {}
+    times: dict[str, list[float]] = {name: [] for name in names}
+    for turn in range(options.warmup + options.steps):
+        for name in names if turn % 2 == 0 else reversed(names):
+            # the moments of torch's optimizer are one set for all that have it: they are not what differs
+            key = name if name == OPTIMIZER else STOCK
+            step = states.setdefault(key, step_of(model, tokens, precision, name))
+            with variant(model, name):
+                seconds = step()
+            if turn >= options.warmup:
+                times[name].append(seconds)
+    medians = {name: statistics.median(values) for name, values in times.items() if values}
+    weights = sum(p.numel() for p in model.parameters())
+    print(json.dumps({"seconds": medians, "peak": peak() - before, "weights": weights}))
+
+
+def peak() -> int:
+    """Bytes this process held at most so far."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def run(options: argparse.Namespace, model: str, precision: str, malloc: str, names: list[str], steps: int) -> Any:
+    command = [
+        sys.executable, "-m", "bench.bench_hf", "--worker", ",".join(names), "--model", model, "--precision",
+        precision, "--malloc", malloc, "--batch", str(options.batch), "--length", str(options.length), "--steps",
+        str(steps), "--warmup", str(options.warmup if steps else 2),
+    ]  # fmt: skip
+    command += [] if options.layers is None else ["--layers", str(options.layers)]
+    offline = {**os.environ, "HF_HUB_OFFLINE": "1"}
+    done = subprocess.run(command, cwd=ROOT, stdout=subprocess.PIPE, text=True, env=offline)
+    if done.returncode:
+        raise SystemExit(f"bench: {model} {precision} {malloc} failed with status {done.returncode}")
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        prog="python -m bench.bench_hf", description=__doc__, formatter_class=argparse.RawTextHelpFormatter
+    )
+    parser.add_argument("--model", choices=MODELS, action="append")
+    parser.add_argument("--precision", choices=PRECISIONS, action="append")
+    parser.add_argument("--malloc", choices=MALLOC, action="append", help="of both sides (default: each in turn)")
+    parser.add_argument("--parts", action="store_true", help="also every part of enable() alone")
+    parser.add_argument("--layers", type=int, help="fewer, for a quick look")
+    parser.add_argument("--batch", type=int, default=4)
+    parser.add_argument("--length", type=int, default=512)
+    parser.add_argument("--steps", type=int, default=5, help="timed steps of each")
+    parser.add_argument("--warmup", type=int, default=1)
+    parser.add_argument("--save", action="store_true")
+    parser.add_argument("--worker", help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.worker:
+        return worker(options)
+    names = [STOCK, ENABLED, OPTIMIZER, *(PARTS if options.parts else ())]
+    print(f"{options.batch} x {options.length} tokens, {torch.get_num_threads()} threads, torch {torch.__version__}")
+    rows = []
+    for model in options.model or MODELS:
+        for precision in options.precision or PRECISIONS:
+            for malloc in options.malloc or MALLOC:
+                result = run(options, model, precision, malloc, names, options.steps)
+                peaks = {n: run(options, model, precision, malloc, [n], 0)["peak"] for n in (STOCK, ENABLED)}
+                rows.append({
+                    "model": model, "weights": result["weights"], "precision": precision, "malloc": malloc,
+                    "batch": options.batch, "length": options.length, "seconds": result["seconds"], "peak": peaks,
+                })  # fmt: skip
+                show(rows[-1])
+    if options.save:
+        save(rows)
+
+
+def show(row: dict[str, Any]) -> None:
+    seconds, peaks = row["seconds"], row["peak"]
+    print(
+        f"{row['model']} {row['precision']}, malloc {row['malloc']}: stock {seconds[STOCK] * 1e3:.0f} ms, enabled "
+        f"{seconds[ENABLED] * 1e3:.0f} ms, {seconds[STOCK] / seconds[ENABLED]:.2f}x; with fastlm.optim.AdamW "
+        f"{seconds[STOCK] / seconds[OPTIMIZER]:.2f}x; peak {peaks[STOCK] / 1e6:.0f} -> {peaks[ENABLED] / 1e6:.0f} MB, "
+        f"{1 - peaks[ENABLED] / peaks[STOCK]:.0%} lower",
+        flush=True,
+    )
+    for part in PARTS:
+        if part in seconds:
+            print(f"    {part:<10} alone saves {(seconds[STOCK] - seconds[part]) * 1e3:6.0f} ms", flush=True)
+
+
+def save(rows: list[dict[str, Any]]) -> None:
+    import transformers
+
+    from bench.cpu.results import commit, path_for
+    from fastlm import native
+    from fastlm.info import cpu_model
+
+    path = path_for(cpu_model(), "hf")
+    head = {
+        "device": cpu_model(), "threads": torch.get_num_threads(), "isa": native.isa(), "torch": torch.__version__,
+        "transformers": transformers.__version__, "python": platform.python_version(), "commit": commit(),
+    }  # fmt: skip
+    path.write_text(json.dumps({**head, "rows": rows}, indent=1) + "\n")
+    print(f"written {path.relative_to(ROOT)}")
+
+
+if __name__ == "__main__":
+    main()
