@@ -112,6 +112,8 @@ class CausalLMConfig:
 class CausalLMOutput(NamedTuple):
     loss: Tensor | None
     logits: Tensor | None
+    attention: list[Tensor] | None = None
+    """The weights (B, H, S, S) of every layer, where they were asked for."""
 
 
 class CausalLM(nn.Module):
@@ -158,31 +160,41 @@ class CausalLM(nn.Module):
         """(V, C)."""
         return self.embed.weight if self.head is None else self.head.weight
 
-    def forward(self, tokens: Tensor, targets: Tensor | None = None, *, reduction: str = "mean") -> CausalLMOutput:
+    def forward(
+        self,
+        tokens: Tensor,
+        targets: Tensor | None = None,
+        *,
+        reduction: str = "mean",
+        return_attention: bool = False,
+    ) -> CausalLMOutput:
         """Loss where there are targets, else logits.
 
         Args:
             tokens: (B, S) int64, S at most config.context.
             targets: (B, S) int64, the token after each; -100 takes no part. The logits are then never held whole.
             reduction: "mean" over the targets that take part, "sum", or "none" (B * S losses).
+            return_attention: also the attention weights of every layer, O(S^2) of memory, with a warning.
 
         Returns:
-            CausalLMOutput(loss, None) or CausalLMOutput(None, logits (B, S, V)).
+            CausalLMOutput(loss, None) or CausalLMOutput(None, logits (B, S, V)), with attention where asked for.
 
         Raises:
             TypeError, ValueError: tokens or targets have another dtype or shape, or lie outside the vocabulary.
         """
         check_tokens(tokens, self.config.context, self.config.vocab_size)
+        maps: list[Tensor] | None = [] if return_attention else None
         if targets is None:
-            x = self._hidden(tokens)
-            return CausalLMOutput(None, nn.functional.linear(x, self.head_weight))
+            x = self._hidden(tokens, maps=maps)
+            return CausalLMOutput(None, nn.functional.linear(x, self.head_weight), maps)
         check_targets(targets, tokens.shape)
-        x = self._hidden(tokens).flatten(0, 1)  # (B*S, C)
+        x = self._hidden(tokens, maps=maps).flatten(0, 1)  # (B*S, C)
         loss = ops.linear_cross_entropy(x, self.head_weight, targets.flatten(), reduction=reduction)
-        return CausalLMOutput(loss, None)
+        return CausalLMOutput(loss, None, maps)
 
-    def _hidden(self, tokens: Tensor, caches: list[KVCache] | None = None) -> Tensor:
-        """(B, S) -> (B, S, C), normalised. With caches the tokens follow those the caches hold."""
+    def _hidden(self, tokens: Tensor, caches: list[KVCache] | None = None, maps: list[Tensor] | None = None) -> Tensor:
+        """(B, S) -> (B, S, C), normalised. With caches the tokens follow those the caches hold; maps is appended
+        each layer's attention weights."""
         S, start = tokens.shape[1], caches[0].length if caches else 0
         x = self.embed(tokens)  # (B, S, C)
         rope = None
@@ -193,6 +205,9 @@ class CausalLM(nn.Module):
             rope = self.rope(S, start, tokens.device)
         x = dropped(x, self.dropout.p if self.dropout.training else 0.0)
         for i, block in enumerate(self.blocks):
+            if maps is not None:
+                layer = cast(TransformerBlock, block)
+                maps.append(layer.attention.maps(layer.norm1(x), rope))
             x = block(x, rope, caches[i] if caches else None)
         return self.norm(x)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from typing import Literal
 
 import torch
@@ -139,6 +140,29 @@ def _merge_masks(attn_mask: Tensor | None, padding: Tensor | None, B: int, H: in
     return added[0] if len(added) == 1 else added[0] + added[1]
 
 
+def attention_maps(q: Tensor, k: Tensor, mask: Tensor | None = None, causal: bool = False) -> Tensor:
+    """softmax(Q K^T / sqrt(D) + mask), the weights that attention gives the values: to look at, not to train fast.
+
+    No kernel ever holds them; the reference does, which makes this O(S T) in memory and warns of it.
+
+    Args:
+        q: (B, H, S, D). k: (B, Hk, T, D).
+        mask, causal: as fastlm.ops.attention.
+
+    Returns:
+        (B, H, S, T), dtype of q, differentiable.
+    """
+    B, H, S, _ = q.shape
+    Hk, T = k.shape[1:3]
+    held = B * H * S * T * q.element_size() / 1e6
+    warnings.warn(
+        f"attention maps are O(S^2): {held:.1f} MB for this layer's {B} x {H} x {S} x {T} weights, by the reference",
+        stacklevel=2,
+    )
+    identity = torch.eye(T, dtype=q.dtype, device=q.device).expand(B, Hk, T, T)  # weights times it are the weights
+    return ops.attention(q, k, identity, mask=mask, causal=causal, backend="reference")
+
+
 class KVCache:
     """Keys and values of one layer, (B, Hk, context, D) each, allocated once and filled from the left.
 
@@ -226,14 +250,8 @@ class SelfAttention(torch.nn.Module):
             cache: earlier keys and values, to which those of x are added; queries then see all of them (causally).
             mask: (B, T) bool, False for keys that nobody sees; T counts those of the cache. None: all are seen.
         """
-        B, S, _ = x.shape
-        H, Hk, D = self.heads, self.kv_heads, self.head_width
-        q, k, v = self.qkv(x).split((H * D, Hk * D, Hk * D), -1)  # (B, S, H*D), (B, S, Hk*D) twice: views
-        q = q.view(B, S, H, D).transpose(1, 2)  # (B, H, S, D), no copy: the kernels take strides
-        k = k.view(B, S, Hk, D).transpose(1, 2)
-        v = v.view(B, S, Hk, D).transpose(1, 2)
-        if rope is not None:
-            q, k = rotate(q, k, *rope)
+        B, S, C = x.shape
+        q, k, v = self._project(x, rope)
         causal: Literal["bottom-right"] | bool = self.causal
         if cache is not None:
             k, v = cache.append(k, v)
@@ -241,7 +259,22 @@ class SelfAttention(torch.nn.Module):
         dropout = self.dropout if self.training else 0.0
         seen = None if mask is None else mask[:, None, None]  # (B, 1, 1, T)
         out = ops.attention(q, k, v, mask=seen, causal=causal, dropout=dropout)  # (B, H, S, D)
-        return self.out(out.transpose(1, 2).reshape(B, S, H * D))
+        return self.out(out.transpose(1, 2).reshape(B, S, C))
+
+    def maps(self, x: Tensor, rope: tuple[Tensor, Tensor] | None = None, mask: Tensor | None = None) -> Tensor:
+        """The weights (B, H, S, S) that forward() gives the values of x, without dropout: see attention_maps()."""
+        q, k, _ = self._project(x, rope)
+        return attention_maps(q, k, None if mask is None else mask[:, None, None], self.causal)
+
+    def _project(self, x: Tensor, rope: tuple[Tensor, Tensor] | None) -> tuple[Tensor, Tensor, Tensor]:
+        """q (B, H, S, D), k and v (B, Hk, S, D), q and k rotated."""
+        B, S, _ = x.shape
+        H, Hk, D = self.heads, self.kv_heads, self.head_width
+        q, k, v = self.qkv(x).split((H * D, Hk * D, Hk * D), -1)  # (B, S, H*D), (B, S, Hk*D) twice: views
+        q = q.view(B, S, H, D).transpose(1, 2)  # (B, H, S, D), no copy: the kernels take strides
+        k = k.view(B, S, Hk, D).transpose(1, 2)
+        v = v.view(B, S, Hk, D).transpose(1, 2)
+        return (q, k, v) if rope is None else (*rotate(q, k, *rope), v)
 
     def extra_repr(self) -> str:
         return f"heads={self.heads}, kv_heads={self.kv_heads}, dropout={self.dropout}, causal={self.causal}"

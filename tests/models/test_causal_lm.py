@@ -88,7 +88,7 @@ def test_loss_is_that_of_the_logits(style: str) -> None:
     logits, nothing = model(tokens).logits, model(tokens).loss
     assert logits.shape == (2, 12, 61) and nothing is None
     for reduction in ("mean", "sum", "none"):
-        loss, no_logits = model(tokens, targets, reduction=reduction)
+        loss, no_logits, _ = model(tokens, targets, reduction=reduction)
         expected = torch.nn.functional.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction=reduction)
         assert no_logits is None
         torch.testing.assert_close(loss, expected)
@@ -372,3 +372,30 @@ def test_a_full_disk_leaves_the_previous_model_whole(tmp_path: Path) -> None:
     assert run.stdout.startswith("OSError") and "model.safetensors" in run.stdout
     assert CausalLM.load(tmp_path).embed.weight.abs().sum() > 0
     assert sorted(os.listdir(tmp_path)) == ["config.json", "model.safetensors"]
+
+
+@pytest.mark.parametrize("style", ["gpt2", "llama"])
+def test_attention_maps(style: str) -> None:
+    """Row s of every map is a distribution over tokens 0 to s, and the maps times the values are the layer's output."""
+    config = getattr(CausalLMConfig, style)(vocab_size=19, context=8, layers=2, heads=4, width=32, kv_heads=2)
+    model = CausalLM(config)
+    tokens = torch.randint(19, (2, 8))
+    with pytest.warns(UserWarning, match=r"attention maps are O\(S\^2\): .* 2 x 4 x 8 x 8 weights"):
+        out = model(tokens, return_attention=True)
+    plain = model(tokens)
+    assert plain.attention is None
+    assert torch.equal(out.logits, plain.logits)
+    assert out.attention is not None and [m.shape for m in out.attention] == [(2, 4, 8, 8)] * 2
+    for weights in out.attention:
+        torch.testing.assert_close(weights.sum(-1), torch.ones(2, 4, 8))
+        assert weights.triu(1).eq(0).all() and weights.tril().gt(0).sum() == 2 * 4 * 36
+    block = model.blocks[0]
+    x = model.embed(tokens)
+    rope = None if model.rope is None else model.rope(8)
+    x = block.norm1(x if model.positions is None else x + model.positions.weight[:8])
+    values = block.attention.qkv(x)[..., -16:].view(2, 8, 2, 8).transpose(1, 2).repeat_interleave(2, 1)
+    expected = block.attention.out((out.attention[0] @ values).transpose(1, 2).reshape(2, 8, 32))
+    torch.testing.assert_close(block.attention(x, rope), expected, rtol=0, atol=1e-6)
+    with pytest.warns(UserWarning):
+        trained = model(tokens, tokens, return_attention=True)
+    assert trained.loss is not None and trained.attention is not None
