@@ -16,6 +16,16 @@ def rows(tensor: Tensor) -> Tensor:
     return flat if flat.stride(1) == 1 or n <= 1 else flat.contiguous()
 
 
+def across(matrix: Tensor) -> bool:
+    """Whether it is the transpose of a matrix that lies row by row."""
+    return matrix.stride(0) == 1 < matrix.stride(1)
+
+
+def outer(dy: Tensor, x: Tensor, like: Tensor) -> Tensor:
+    """dy^T x, lying as `like` does: (M, N) and (M, K) give (N, K)."""
+    return torch.mm(x.t(), dy).t() if across(like) else torch.mm(dy.t(), x)
+
+
 def dense(tensor: Tensor) -> bool:
     """Whether the elements fill one stretch of memory, in whatever order, each once."""
     if tensor.is_contiguous():

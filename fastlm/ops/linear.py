@@ -9,6 +9,7 @@ from torch import Tensor
 
 from fastlm import native
 from fastlm._dispatch import LOW_PRECISION, Backend, Op
+from fastlm._walk import across
 from fastlm.ops._check import check_device, check_floating
 from fastlm.ops._library import cast, define, no_double_backward
 
@@ -27,9 +28,16 @@ def _fake_backward(
     dy: Tensor, x: Tensor, weight: Tensor, wide: bool, needs_x: bool, needs_weight: bool, needs_bias: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
     stat = torch.float64 if x.dtype is torch.float64 else torch.float32
+    dtype = stat if wide else x.dtype
+    if not needs_weight:
+        dweight = x.new_empty((0,), dtype=dtype)
+    elif across(weight):
+        dweight = x.new_empty(weight.shape[::-1], dtype=dtype).t()
+    else:
+        dweight = x.new_empty(weight.shape, dtype=dtype)
     return (
         x.new_empty(x.shape if needs_x else (0,)),
-        x.new_empty(weight.shape if needs_weight else (0,), dtype=stat if wide else x.dtype),
+        dweight,
         x.new_empty(weight.shape[:1] if needs_bias else (0,), dtype=stat),
     )
 
@@ -95,7 +103,7 @@ def linear(
 
     Args:
         x: (..., K), float32, bfloat16, float16 or float64.
-        weight: (N, K), any floating dtype.
+        weight: (N, K), any floating dtype; the transpose of a (K, N) parameter gets a gradient that lies as that does.
         bias: (N,), any floating dtype, or None.
         values: weight in the dtype of the products, where a copy is kept; None makes one where the dtypes differ.
             Nothing is differentiated through it: the gradient is weight's.

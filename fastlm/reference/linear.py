@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from fastlm._walk import rows
+from fastlm._walk import outer, rows
 
 
 def forward(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
@@ -20,6 +20,6 @@ def backward(
     with torch.autocast(x.device.type, enabled=False):
         dy = rows(dy)
         dx = (dy @ weight).view(x.shape) if needs_x else x.new_empty(0)
-        dweight = dy.t() @ rows(x) if needs_weight else x.new_empty(0)
+        dweight = outer(dy, rows(x), weight) if needs_weight else x.new_empty(0)
         dbias = dy.sum(0, dtype=stat) if needs_bias else x.new_empty(0, dtype=stat)
         return dx, dweight.to(stat) if wide else dweight, dbias

@@ -135,6 +135,19 @@ def test_layouts(backend: str, dtype: torch.dtype) -> None:
 
 
 @each_backend
+@each_dtype
+def test_gradient_of_a_transposed_parameter_lies_as_the_parameter(backend: str, dtype: torch.dtype) -> None:
+    """transformers' Conv1D keeps its weight as (K, N)."""
+    for size in SIZES:
+        x, weight, bias = inputs(*size, dtype)
+        compare(backend, [x, weight.t().contiguous().t(), bias])
+    with on(backend):
+        parameter = weight.t().contiguous().requires_grad_()
+        ops.linear(x, parameter.t(), bias).sum().backward()
+    assert parameter.grad is not None and parameter.grad.is_contiguous()
+
+
+@each_backend
 @pytest.mark.parametrize("needs", [(True, False, False), (False, True, False), (False, False, True)], ids=str)
 def test_only_the_gradients_asked_for(backend: str, needs: tuple[bool, ...]) -> None:
     for dtype in (torch.float32, torch.bfloat16):
@@ -212,7 +225,8 @@ def test_opcheck(backend: str) -> None:
         torch.library.opcheck(torch.ops.fastlm.linear_forward, (x, weight, bias, name))
         for needs in [(True, True, True), (False, True, False), (True, False, True)]:
             for wide in (True, False):
-                torch.library.opcheck(torch.ops.fastlm.linear_backward, (dy, x, weight, wide, *needs, name))
+                for w in (weight, weight.t().contiguous().t()):
+                    torch.library.opcheck(torch.ops.fastlm.linear_backward, (dy, x, w, wide, *needs, name))
 
 
 def test_gradcheck() -> None:
