@@ -2,5 +2,14 @@
 
 from fastlm.models.causal_lm import CausalLM, CausalLMConfig, CausalLMOutput
 from fastlm.models.masked_lm import MaskedLM, MaskedLMConfig, MaskedLMOutput
+from fastlm.models.word_vectors import load_word_vectors
 
-__all__ = ["CausalLM", "CausalLMConfig", "CausalLMOutput", "MaskedLM", "MaskedLMConfig", "MaskedLMOutput"]
+__all__ = [
+    "CausalLM",
+    "CausalLMConfig",
+    "CausalLMOutput",
+    "MaskedLM",
+    "MaskedLMConfig",
+    "MaskedLMOutput",
+    "load_word_vectors",
+]
