@@ -5,7 +5,14 @@ from fastlm.data.corpus import Corpus, from_paths, standard_library
 from fastlm.data.dataset import Dataset, prepare
 from fastlm.data.files import atomic_file, atomic_folder, recover_folder
 from fastlm.data.shards import Shard, open_shard, write_shard
-from fastlm.data.tokenizer import BPETokenizer, ByteTokenizer, CharTokenizer, Tokenizer, load_tokenizer
+from fastlm.data.tokenizer import (
+    BPETokenizer,
+    ByteTokenizer,
+    CharTokenizer,
+    Tokenizer,
+    load_tokenizer,
+    make_tokenizer,
+)
 
 __all__ = [
     "IGNORE",
@@ -22,6 +29,7 @@ __all__ = [
     "atomic_folder",
     "from_paths",
     "load_tokenizer",
+    "make_tokenizer",
     "open_shard",
     "prepare",
     "recover_folder",

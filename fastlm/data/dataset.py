@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import platform
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,10 +13,9 @@ from fastlm.data.batches import RandomWindows, SequentialWindows
 from fastlm.data.corpus import Corpus
 from fastlm.data.files import atomic_file
 from fastlm.data.shards import Shard, open_shard, write_shard
-from fastlm.data.tokenizer import BPETokenizer, ByteTokenizer, CharTokenizer, Tokenizer, load_tokenizer
+from fastlm.data.tokenizer import Tokenizer, load_tokenizer, make_tokenizer
 
 FILE = "dataset.json"
-KINDS = ("bpe", "char", "byte")
 
 
 @dataclass(frozen=True)
@@ -54,13 +54,7 @@ class Dataset:
             ValueError: a file is damaged, or shards and tokenizer do not belong together.
         """
         folder = Path(folder)
-        path = folder / FILE
-        if not path.is_file():
-            raise FileNotFoundError(f"{path} does not exist; {folder} is not a data folder")
-        try:
-            info = json.loads(path.read_text(encoding="utf-8"))
-        except json.JSONDecodeError as error:
-            raise ValueError(f"{path} is damaged: {error}") from None
+        info = read_info(folder)
         tokenizer = load_tokenizer(folder)
         shards = [
             open_shard(folder / f"{side}.tokens", tokenizer.vocab_size, tokenizer.fingerprint)
@@ -69,24 +63,44 @@ class Dataset:
         return cls(folder, tokenizer, shards[0], shards[1], info)
 
 
-def prepare(corpus: Corpus, folder: str | Path, tokenizer: str | Tokenizer = "bpe", vocab_size: int = 4096) -> Dataset:
+def read_info(folder: Path) -> dict[str, Any]:
+    """What dataset.json says.
+
+    Raises:
+        FileNotFoundError: there is none. ValueError: it is damaged.
+    """
+    path = folder / FILE
+    if not path.is_file():
+        raise FileNotFoundError(f"{path} does not exist; {folder} is not a data folder")
+    try:
+        info = json.loads(path.read_text(encoding="utf-8"))
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{path} is damaged: {error}") from None
+    if not isinstance(info, dict):
+        raise ValueError(f"{path} is damaged: it holds a {type(info).__name__}")
+    return info
+
+
+def write_info(folder: Path, info: dict[str, Any]) -> None:
+    """Write dataset.json; the last file of a folder, so that what has one is whole."""
+    with atomic_file(folder / FILE) as file:
+        file.write((json.dumps(info, indent=2) + "\n").encode())
+
+
+def prepare(
+    corpus: Corpus,
+    folder: str | Path,
+    tokenizer: str | Tokenizer = "bpe",
+    vocab_size: int = 4096,
+    specials: Sequence[str] = (),
+) -> Dataset:
     """Train a tokenizer on the training documents, write both sides as shards, open them.
 
     Args:
-        tokenizer: "bpe", "char", "byte", or a tokenizer that is there already.
-        vocab_size: ids of the BPE tokenizer; the others have their own.
+        tokenizer, vocab_size, specials: as make_tokenizer.
     """
     folder = Path(folder)
-    if isinstance(tokenizer, Tokenizer):
-        made = tokenizer
-    elif tokenizer == "bpe":
-        made = BPETokenizer.train(corpus.train, vocab_size)
-    elif tokenizer == "char":  # nanoGPT's way too: the alphabet of the whole corpus, or validation might not encode
-        made = CharTokenizer.train((*corpus.train, *corpus.validation))
-    elif tokenizer == "byte":
-        made = ByteTokenizer()
-    else:
-        raise ValueError(f"tokenizer must be one of {', '.join(KINDS)}, got {tokenizer!r}")
+    made = make_tokenizer(tokenizer, corpus.train, corpus.validation, vocab_size, specials)
     sizes = corpus.bytes
     info = {
         "source": corpus.source,
@@ -105,6 +119,5 @@ def prepare(corpus: Corpus, folder: str | Path, tokenizer: str | Tokenizer = "bp
         tokens = made.encode_documents(documents)
         info[f"{side}_tokens"] = len(tokens)
         write_shard(folder / f"{side}.tokens", tokens, made.vocab_size, made.fingerprint)
-    with atomic_file(folder / FILE) as file:
-        file.write((json.dumps(info, indent=2) + "\n").encode())
+    write_info(folder, info)
     return Dataset.open(folder)

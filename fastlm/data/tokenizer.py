@@ -14,7 +14,11 @@ import numpy as np
 from fastlm.data.files import atomic_file
 
 FILE = "tokenizer.json"
+KINDS = ("bpe", "char", "byte")
 END_OF_TEXT = "<|endoftext|>"
+PAD, CLS, SEP, MASK = "[PAD]", "[CLS]", "[SEP]", "[MASK]"
+ENCODER_SPECIALS = (PAD, CLS, SEP, MASK)
+"""What BERT's tokenizers call padding, the start and the end of a row, and a word that was masked."""
 
 
 class Tokenizer(ABC):
@@ -24,11 +28,13 @@ class Tokenizer(ABC):
         kind: "bpe", "char" or "byte".
         vocab_size: ids are 0 .. vocab_size - 1.
         separator: id put between documents, or None.
+        specials: ids that no text encodes to, by name.
     """
 
     kind: str
     vocab_size: int
     separator: int | None = None
+    specials: dict[str, int]
 
     @abstractmethod
     def encode(self, text: str) -> list[int]:
@@ -56,33 +62,53 @@ class Tokenizer(ABC):
 
     def encode_documents(self, documents: Sequence[str]) -> np.ndarray:
         """Ids of all documents in a row, each followed by the separator if there is one. (N,) uint32."""
-        rows = self._encode_batch(documents)
+        rows = self.encode_batch(documents)
         tail = [] if self.separator is None else [self.separator]
         parts = [np.asarray(list(row) + tail, dtype=np.uint32) for row in rows]
         return np.concatenate(parts) if parts else np.empty(0, dtype=np.uint32)
 
-    def _encode_batch(self, documents: Sequence[str]) -> Iterable[Sequence[int]]:
-        return [self.encode(text) for text in documents]
+    def encode_batch(self, texts: Sequence[str]) -> Iterable[Sequence[int]]:
+        """The ids of each text."""
+        return [self.encode(text) for text in texts]
+
+    def require(self, *names: str) -> list[int]:
+        """The ids of these specials.
+
+        Raises:
+            ValueError: the tokenizer lacks one.
+        """
+        missing = [name for name in names if name not in self.specials]
+        if missing:
+            raise ValueError(
+                f"the {self.kind} tokenizer has no {', '.join(missing)}, which this task needs; it has "
+                f"{', '.join(self.specials) or 'no special tokens'}. Take a new one"
+            )
+        return [self.specials[name] for name in names]
 
 
 class ByteTokenizer(Tokenizer):
-    """The 256 bytes of UTF-8."""
+    """The 256 bytes of UTF-8, and after them the specials."""
 
     kind = "byte"
-    vocab_size = 256
+
+    def __init__(self, specials: Sequence[str] = ()) -> None:
+        self.specials = _after(256, specials)
+        self.vocab_size = 256 + len(specials)
+        self._names = list(specials)
 
     def encode(self, text: str) -> list[int]:
         return list(text.encode())
 
     def decode(self, ids: Sequence[int]) -> str:
-        return bytes(int(i) for i in ids).decode(errors="replace")
+        parts = (bytes([i]) if i < 256 else self._names[i - 256].encode() for i in map(int, ids))
+        return b"".join(parts).decode(errors="replace")
 
     def to_json(self) -> str:
-        return json.dumps({"type": "fastlm-byte"})
+        return json.dumps({"type": "fastlm-byte", **_listed(self.specials)})
 
 
 class CharTokenizer(Tokenizer):
-    """One id per character seen in the corpus, in order of code point.
+    """One id per character seen in the corpus, in order of code point, and after them the specials.
 
     Args:
         characters: the alphabet, each character once.
@@ -90,42 +116,45 @@ class CharTokenizer(Tokenizer):
 
     kind = "char"
 
-    def __init__(self, characters: str) -> None:
+    def __init__(self, characters: str, specials: Sequence[str] = ()) -> None:
         if not characters or len(set(characters)) != len(characters):
             raise ValueError(f"characters must be one or more different characters, got {characters[:40]!r}")
         self.characters = characters
-        self.vocab_size = len(characters)
+        self.specials = _after(len(characters), specials)
+        self.vocab_size = len(characters) + len(specials)
+        self._names = [*characters, *specials]
         self._ids = {character: i for i, character in enumerate(characters)}
 
     @classmethod
-    def train(cls, documents: Iterable[str]) -> CharTokenizer:
+    def train(cls, documents: Iterable[str], specials: Sequence[str] = ()) -> CharTokenizer:
         """The alphabet of the documents."""
         found: set[str] = set()
         for text in documents:
             found.update(text)
-        return cls("".join(sorted(found)))
+        return cls("".join(sorted(found)), specials)
 
     def encode(self, text: str) -> list[int]:
         try:
             return [self._ids[character] for character in text]
         except KeyError as error:
             raise ValueError(
-                f"{error.args[0]!r} is not among the {self.vocab_size} characters this tokenizer knows: "
+                f"{error.args[0]!r} is not among the {len(self.characters)} characters this tokenizer knows: "
                 f"{self.characters[:100]!r}; the byte and bpe tokenizers take any text"
             ) from None
 
     def decode(self, ids: Sequence[int]) -> str:
-        return "".join(self.characters[int(i)] for i in ids)
+        return "".join(self._names[int(i)] for i in ids)
 
     def to_json(self) -> str:
-        return json.dumps({"type": "fastlm-char", "characters": self.characters})
+        return json.dumps({"type": "fastlm-char", "characters": self.characters, **_listed(self.specials)})
 
 
 class BPETokenizer(Tokenizer):
     """Byte-level byte-pair encoding (Sennrich et al. 2016, arXiv:1508.07909; on bytes as in GPT-2).
 
     The file is Hugging Face's tokenizer.json, which transformers and others read as it is. Text that happens to
-    contain the separator's name stays text.
+    contain the name of a special stays text. A folder's tokenizer.json of another kind (BERT's WordPiece) is run as it
+    is, though what it decodes to may then differ from the text.
     """
 
     kind = "bpe"
@@ -135,21 +164,28 @@ class BPETokenizer(Tokenizer):
         inner.encode_special_tokens = True  # else "<|endoftext|>" in a text would not come back as it went in
         self.vocab_size = inner.get_vocab_size(with_added_tokens=True)
         self.separator = inner.token_to_id(END_OF_TEXT)
+        added = sorted(inner.get_added_tokens_decoder().items())
+        self.specials = {token.content: i for i, token in added if token.special}
 
     @classmethod
-    def train(cls, documents: Iterable[str], vocab_size: int = 4096) -> BPETokenizer:
-        """Learn merges from the documents until there are vocab_size ids (at least 257: the bytes, the separator)."""
+    def train(cls, documents: Iterable[str], vocab_size: int = 4096, specials: Sequence[str] = ()) -> BPETokenizer:
+        """Learn merges from the documents until there are vocab_size ids.
+
+        Args:
+            vocab_size: at least 257, the bytes and the separator, and the specials.
+            specials: names of further ids, after the separator's.
+        """
         from tokenizers import Tokenizer as Inner
         from tokenizers import decoders, models, pre_tokenizers, trainers
 
-        if vocab_size < 257:
-            raise ValueError(f"vocab_size must be at least 257 for byte-level BPE, got {vocab_size}")
+        if vocab_size < 257 + len(specials):
+            raise ValueError(f"vocab_size must be at least {257 + len(specials)} for byte-level BPE, got {vocab_size}")
         inner = Inner(models.BPE())
         inner.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
         inner.decoder = decoders.ByteLevel()
         trainer = trainers.BpeTrainer(
             vocab_size=vocab_size,
-            special_tokens=[END_OF_TEXT],
+            special_tokens=[END_OF_TEXT, *specials],
             initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
             show_progress=False,
         )
@@ -165,10 +201,50 @@ class BPETokenizer(Tokenizer):
     def to_json(self) -> str:
         return str(self._inner.to_str(pretty=True))
 
-    def _encode_batch(self, documents: Sequence[str]) -> Iterable[Sequence[int]]:
-        for start in range(0, len(documents), 256):
-            for found in self._inner.encode_batch(list(documents[start : start + 256]), add_special_tokens=False):
+    def encode_batch(self, texts: Sequence[str]) -> Iterable[Sequence[int]]:
+        for start in range(0, len(texts), 256):
+            for found in self._inner.encode_batch(list(texts[start : start + 256]), add_special_tokens=False):
                 yield found.ids
+
+
+def _after(count: int, specials: Sequence[str]) -> dict[str, int]:
+    if len(set(specials)) != len(specials):
+        raise ValueError(f"specials must be different names, got {list(specials)}")
+    return {name: count + i for i, name in enumerate(specials)}
+
+
+def _listed(specials: dict[str, int]) -> dict[str, list[str]]:
+    """Nothing where there are none: files of before keep their fingerprint."""
+    return {"specials": list(specials)} if specials else {}
+
+
+def make_tokenizer(
+    tokenizer: str | Tokenizer,
+    train: Sequence[str],
+    validation: Sequence[str],
+    vocab_size: int = 4096,
+    specials: Sequence[str] = (),
+) -> Tokenizer:
+    """The tokenizer of a data folder: one that is there already, or one learnt from its training texts.
+
+    Args:
+        tokenizer: "bpe", "char", "byte", or a Tokenizer.
+        vocab_size: ids of the BPE tokenizer; the others have their own.
+        specials: names of ids that it must have.
+
+    Raises:
+        ValueError: an unknown kind; a tokenizer without one of the specials.
+    """
+    if isinstance(tokenizer, Tokenizer):
+        tokenizer.require(*specials)
+        return tokenizer
+    if tokenizer == "bpe":
+        return BPETokenizer.train(train, vocab_size, specials)
+    if tokenizer == "char":  # nanoGPT's way too: the alphabet of the whole corpus, or validation might not encode
+        return CharTokenizer.train((*train, *validation), specials)
+    if tokenizer == "byte":
+        return ByteTokenizer(specials)
+    raise ValueError(f"tokenizer must be one of {', '.join(KINDS)}, got {tokenizer!r}")
 
 
 def load_tokenizer(folder: str | Path) -> Tokenizer:
@@ -188,9 +264,9 @@ def load_tokenizer(folder: str | Path) -> Tokenizer:
     except json.JSONDecodeError as error:
         raise ValueError(f"{path} is damaged: {error}") from None
     if kind == "fastlm-byte":
-        return ByteTokenizer()
+        return ByteTokenizer(content.get("specials", ()))
     if kind == "fastlm-char":
-        return CharTokenizer(content["characters"])
+        return CharTokenizer(content["characters"], content.get("specials", ()))
     from tokenizers import Tokenizer as Inner
 
     try:

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from fastlm.data import BPETokenizer, ByteTokenizer, CharTokenizer, Tokenizer, load_tokenizer
+from fastlm.data.tokenizer import ENCODER_SPECIALS, make_tokenizer
 
 TEXTS = [
     "",
@@ -89,3 +90,40 @@ def test_errors(bpe: BPETokenizer, tmp_path: Path) -> None:
 
 def test_bytes_that_are_no_character_do_not_raise() -> None:
     assert ByteTokenizer().decode([0xE4, 0xB8]) == "\ufffd"
+
+
+def with_specials() -> list[Tokenizer]:
+    texts = ["def function(argument):\n    return [MASK] [PAD]\n" * 50]
+    return [make_tokenizer(kind, texts, TEXTS, 300, ENCODER_SPECIALS) for kind in ("bpe", "char", "byte")]
+
+
+def test_specials_have_ids_that_no_text_encodes_to(tmp_path: Path) -> None:
+    for tokenizer in with_specials():
+        named = {name: tokenizer.specials[name] for name in ENCODER_SPECIALS}
+        assert len(set(named.values())) == 4 and all(i < tokenizer.vocab_size for i in named.values())
+        for text in [*TEXTS, "return [MASK][PAD]"]:
+            ids = tokenizer.encode(text)
+            assert tokenizer.decode(ids) == text and not set(ids) & set(named.values())
+        assert tokenizer.decode([*tokenizer.encode("a"), named["[MASK]"]]) == "a[MASK]"
+        tokenizer.save(tmp_path / tokenizer.kind)
+        loaded = load_tokenizer(tmp_path / tokenizer.kind)
+        assert loaded.specials == tokenizer.specials and loaded.fingerprint == tokenizer.fingerprint
+        assert loaded.require("[PAD]", "[SEP]") == [named["[PAD]"], named["[SEP]"]]
+
+
+def test_files_without_specials_keep_their_fingerprint() -> None:
+    """Shards of before name it."""
+    assert json.loads(ByteTokenizer().to_json()) == {"type": "fastlm-byte"}
+    assert json.loads(CharTokenizer("ab").to_json()) == {"type": "fastlm-char", "characters": "ab"}
+
+
+def test_missing_and_doubled_specials(bpe: BPETokenizer) -> None:
+    assert list(bpe.specials) == ["<|endoftext|>"]
+    with pytest.raises(ValueError, match=r"the bpe tokenizer has no \[MASK\], .* it has <\|endoftext\|>"):
+        bpe.require("[MASK]")
+    with pytest.raises(ValueError, match=r"the byte tokenizer has no \[PAD\], .* it has no special tokens"):
+        make_tokenizer(ByteTokenizer(), [], [], specials=["[PAD]"])
+    with pytest.raises(ValueError, match="specials must be different names"):
+        ByteTokenizer(["[PAD]", "[PAD]"])
+    with pytest.raises(ValueError, match="vocab_size must be at least 261"):
+        BPETokenizer.train(["a"], 260, ENCODER_SPECIALS)
