@@ -3,7 +3,7 @@
     python -m bench.bench_hf                                    both models, fp32, bf16 and bf16 weights
     python -m bench.bench_hf --model llama --precision bf16     one of them
     python -m bench.bench_hf --parts                            also each part of enable() alone: what it saves
-    python -m bench.bench_hf --save                             writes bench/results/hf-<device>.json
+    python -m bench.bench_hf --save                             adds to bench/results/hf-<device>.json
 
 One step: forward with labels, backward, clipping to norm 1, torch.optim.AdamW (fused), the same for all but
 "+ AdamW", which has fastlm.optim.AdamW. It is one model in one process, enabled and disabled between the steps, which
@@ -187,19 +187,19 @@ def main() -> None:
         return worker(options)
     names = [STOCK, ENABLED, OPTIMIZER, *(PARTS if options.parts else ())]
     print(f"{options.batch} x {options.length} tokens, {torch.get_num_threads()} threads, torch {torch.__version__}")
-    rows = []
+    results = Results() if options.save else None
     for model in options.model or MODELS:
         for precision in options.precision or PRECISIONS:
             for malloc in options.malloc or MALLOC:
                 result = run(options, model, precision, malloc, names, options.steps)
                 peaks = {n: run(options, model, precision, malloc, [n], 0)["peak"] for n in (STOCK, ENABLED)}
-                rows.append({
+                row = {
                     "model": model, "weights": result["weights"], "precision": precision, "malloc": malloc,
                     "batch": options.batch, "length": options.length, "seconds": result["seconds"], "peak": peaks,
-                })  # fmt: skip
-                show(rows[-1])
-    if options.save:
-        save(rows)
+                }  # fmt: skip
+                show(row)
+                if results is not None:
+                    results.add(row)
 
 
 def show(row: dict[str, Any]) -> None:
@@ -216,20 +216,60 @@ def show(row: dict[str, Any]) -> None:
             print(f"    {part:<10} alone saves {(seconds[STOCK] - seconds[part]) * 1e3:6.0f} ms", flush=True)
 
 
-def save(rows: list[dict[str, Any]]) -> None:
-    import transformers
+class Results:
+    """bench/results/hf-<device>.json; a row measured again replaces the one before."""
 
-    from bench.cpu.results import commit, path_for
-    from fastlm import native
-    from fastlm.info import cpu_model
+    def __init__(self) -> None:
+        import transformers
 
-    path = path_for(cpu_model(), "hf")
-    head = {
-        "device": cpu_model(), "threads": torch.get_num_threads(), "isa": native.isa(), "torch": torch.__version__,
-        "transformers": transformers.__version__, "python": platform.python_version(), "commit": commit(),
-    }  # fmt: skip
-    path.write_text(json.dumps({**head, "rows": rows}, indent=1) + "\n")
-    print(f"written {path.relative_to(ROOT)}")
+        from bench.cpu.results import commit, path_for
+        from fastlm import native
+        from fastlm.info import cpu_model
+
+        self.path = path_for(cpu_model(), "hf")
+        self.data: dict[str, Any] = json.loads(self.path.read_text()) if self.path.exists() else {"rows": []}
+        self.data |= {"device": cpu_model(), "threads": torch.get_num_threads(), "isa": native.isa()}
+        self.about = {
+            "torch": torch.__version__, "transformers": transformers.__version__, "python": platform.python_version(),
+            "commit": commit(),
+        }  # fmt: skip
+
+    def add(self, row: dict[str, Any]) -> None:
+        def key(row: dict[str, Any]) -> list[Any]:
+            return [row[name] for name in ("model", "precision", "malloc", "batch", "length")]
+
+        kept = [other for other in self.data["rows"] if key(other) != key(row)]
+        self.data["rows"] = sorted([*kept, {**row, **self.about}], key=key)
+        self.path.write_text(json.dumps(self.data, indent=1) + "\n")
+
+
+def markdown(data: dict[str, Any]) -> Iterator[str]:
+    """The table of a results file."""
+    rows = data["rows"]
+
+    def of(name: str) -> str:
+        return ", ".join(sorted({row[name] for row in rows}))
+
+    yield (
+        f"{data['device']}, {data['threads']} threads, {data['isa']}; torch {of('torch')}, transformers "
+        f"{of('transformers')}, Python {of('python')}; commit {of('commit')}."
+    )
+    yield ""
+    yield (
+        "| model | tokens | precision | malloc | stock | enabled | × stock | with fastlm.optim.AdamW | peak memory | "
+        "what each part alone saves |"
+    )
+    yield "|---|--:|---|---|--:|--:|--:|--:|--:|---|"
+    for row in rows:
+        seconds, peaks = row["seconds"], row["peak"]
+        parts = [f"{part} {(seconds[STOCK] - seconds[part]) * 1e3:.0f} ms" for part in PARTS if part in seconds]
+        yield (
+            f"| {row['model']}, {row['weights'] / 1e6:.0f}M | {row['batch']} × {row['length']} | {row['precision']} | "
+            f"{row['malloc']} | {seconds[STOCK] * 1e3:.0f} ms | {seconds[ENABLED] * 1e3:.0f} ms | "
+            f"{seconds[STOCK] / seconds[ENABLED]:.2f}× | {seconds[STOCK] / seconds[OPTIMIZER]:.2f}× | "
+            f"{peaks[STOCK] / 1e9:.2f} → {peaks[ENABLED] / 1e9:.2f} GB, −{1 - peaks[ENABLED] / peaks[STOCK]:.0%} | "
+            f"{', '.join(parts)} |"
+        )
 
 
 if __name__ == "__main__":

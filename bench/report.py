@@ -1,5 +1,5 @@
-"""README's tables, made of bench/results/cpu-*.json (python -m bench cpu --save) and of bench/results/*/results.json
-(python -m bench.gpu): `python -m bench.report` rewrites them and the drawings, `--check` only compares the tables.
+"""README's tables, made of bench/results/cpu-*.json (python -m bench cpu --save), hf-*.json
+(python -m bench.bench_hf --parts --save) and */results.json (python -m bench.gpu): `python -m bench.report` rewrites them and the drawings, `--check` only compares the tables.
 
 Ratios are the peer's median time over ours, taken in turn in one process, on a CPU both under the same malloc setting.
 """
@@ -10,6 +10,7 @@ import argparse
 import json
 from pathlib import Path
 
+from bench.bench_hf import markdown as hf
 from bench.cpu.tables import markdown as cpu
 from bench.cpu.tables import plot
 from bench.gpu.tables import markdown
@@ -17,6 +18,10 @@ from bench.gpu.tables import markdown
 ROOT = Path(__file__).resolve().parent.parent
 README = ROOT / "README.md"
 BEGIN, END = "<!-- begin: python -m bench.report -->\n", "<!-- end -->"
+HF = (
+    "A training step of transformers' own models before and after `fastlm.hf.enable`, one model in one process; "
+    "peak memory of a process with weights, gradients and optimizer:"
+)
 
 
 def render() -> str:
@@ -26,6 +31,8 @@ def render() -> str:
         drawing = path.with_suffix(".svg")
         if drawing.exists():
             lines += [f"![Speed over PyTorch]({drawing.relative_to(ROOT)})", ""]
+    for path in sorted((ROOT / "bench" / "results").glob("hf-*.json")):  # of python -m bench.bench_hf
+        lines += [HF, "", *hf(json.loads(path.read_text())), ""]
     for path in sorted((ROOT / "bench" / "results").glob("*/results.json")):  # of python -m bench.gpu
         lines += [*markdown(json.loads(path.read_text())), ""]
     return "\n".join(lines)
