@@ -3,6 +3,7 @@
     python -m bench.bench_hf                                    both models, fp32, bf16 and bf16 weights
     python -m bench.bench_hf --model llama --precision bf16     one of them
     python -m bench.bench_hf --parts                            also each part of enable() alone: what it saves
+    python -m bench.bench_hf --model every --length 256         every family of tests/hf/zoo.py, 512 wide, 4 layers
     python -m bench.bench_hf --save                             adds to bench/results/hf-<device>.json
 
 One step: forward with labels, backward, clipping to norm 1, torch.optim.AdamW (fused), the same for all but
@@ -34,6 +35,35 @@ from torch import Tensor, nn
 
 ROOT = Path(__file__).resolve().parent.parent
 MODELS = ("gpt2", "llama")
+_WIDE = {
+    "vocab_size": 8192, "hidden_size": 512, "intermediate_size": 1536, "num_hidden_layers": 4, "num_attention_heads": 8,
+    "num_key_value_heads": 4, "max_position_embeddings": 1024, "head_dim": 64,
+}  # fmt: skip
+_WIDE_ENCODER = {k: v for k, v in _WIDE.items() if k not in ("num_key_value_heads", "head_dim")}
+_WIDE_BART = {
+    "vocab_size": 8192, "d_model": 512, "encoder_layers": 3, "decoder_layers": 3, "encoder_attention_heads": 8,
+    "decoder_attention_heads": 8, "encoder_ffn_dim": 2048, "decoder_ffn_dim": 2048,
+}  # fmt: skip
+FAMILIES: dict[str, dict[str, Any]] = {
+    "small llama": _WIDE, "qwen3": _WIDE, "mistral": {**_WIDE, "sliding_window": 128},
+    "gemma2": {**_WIDE, "query_pre_attn_scalar": 64, "sliding_window": 128},
+    "gemma3": {
+        **_WIDE, "query_pre_attn_scalar": 64, "sliding_window": 128,
+        "layer_types": ["sliding_attention", "full_attention"] * 2,
+    },
+    "phi": {k: v for k, v in _WIDE.items() if k != "head_dim"},
+    "small gpt2": {"vocab_size": 8192, "n_embd": 512, "n_layer": 4, "n_head": 8, "n_positions": 1024},
+    "gpt_neox": _WIDE_ENCODER,
+    "opt": {
+        "vocab_size": 8192, "hidden_size": 512, "word_embed_proj_dim": 512, "ffn_dim": 2048, "num_hidden_layers": 4,
+        "num_attention_heads": 8, "max_position_embeddings": 1024,
+    },
+    "bert": _WIDE_ENCODER, "roberta": _WIDE_ENCODER, "modernbert": {**_WIDE_ENCODER, "local_attention": 128},
+    "t5": {"vocab_size": 8192, "d_model": 512, "d_kv": 64, "d_ff": 2048, "num_layers": 3, "num_heads": 8},
+    "bart": {**_WIDE_BART, "max_position_embeddings": 1024},
+    "whisper": {**_WIDE_BART, "num_mel_bins": 80, "max_source_positions": 256, "max_target_positions": 512},
+}  # fmt: skip
+"""The families of tests/hf/zoo.py, wide enough for kernels to matter."""
 PRECISIONS = ("fp32", "bf16", "bf16 weights")
 MALLOC = ("default", "tuned")
 PARTS = ("attention", "norm", "mlp", "rope", "loss")
@@ -45,6 +75,16 @@ def build(name: str, precision: str, layers: int | None = None) -> nn.Module:
     import transformers
 
     torch.manual_seed(0)
+    dtype = torch.bfloat16 if precision == "bf16 weights" else torch.float32
+    if name in FAMILIES:
+        from tests.hf import zoo
+
+        made: nn.Module = zoo.build(name.removeprefix("small "), **FAMILIES[name])
+        with torch.no_grad():  # the zoo's weights suit 32 channels
+            for parameter in made.parameters():
+                if parameter.dim() > 1:
+                    parameter.mul_(0.15)
+        return made.train().to(dtype)
     if name == "gpt2":
         config = transformers.GPT2Config(n_layer=layers or 12, resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0)
         model: nn.Module = transformers.GPT2LMHeadModel._from_config(config, attn_implementation="sdpa")
@@ -55,7 +95,21 @@ def build(name: str, precision: str, layers: int | None = None) -> nn.Module:
         )  # fmt: skip
         model = transformers.LlamaForCausalLM._from_config(config, attn_implementation="sdpa")
     model.config.use_cache = False
-    return model.train().to(torch.bfloat16 if precision == "bf16 weights" else torch.float32)
+    return model.train().to(dtype)
+
+
+def batch_of(model: nn.Module, name: str, batch: int, length: int) -> dict[str, Any]:
+    """Random tokens that are their own labels, and what else the model takes."""
+    if name in FAMILIES:
+        from tests.hf import zoo
+
+        family = name.removeprefix("small ")
+        given = zoo.inputs(family, batch=batch, length=length + (3 if family in zoo.SEQ2SEQ else 0))
+        if family == "whisper":
+            given["input_features"] = torch.randn(batch, 80, 512)
+        return given
+    tokens = torch.randint(3, model.config.vocab_size, (batch, length))
+    return {"input_ids": tokens, "labels": tokens}
 
 
 @contextlib.contextmanager
@@ -75,17 +129,17 @@ def variant(model: nn.Module, name: str) -> Iterator[None]:
         hf.disable(model)
 
 
-def loss_of(model: nn.Module, tokens: Tensor, precision: str) -> Tensor:
+def loss_of(model: nn.Module, batch: dict[str, Any], precision: str) -> Tensor:
     with torch.autocast("cpu", torch.bfloat16, enabled=precision == "bf16"):
-        return model(input_ids=tokens, labels=tokens).loss
+        return model(**batch).loss
 
 
-def agree(model: nn.Module, tokens: Tensor, precision: str, names: list[str]) -> None:
+def agree(model: nn.Module, batch: dict[str, Any], precision: str, names: list[str]) -> None:
     """Refuses to time a wrong result."""
     found = {}
     for name in (STOCK, *(n for n in names if n != STOCK)):
         with variant(model, name):
-            loss = loss_of(model, tokens, precision)
+            loss = loss_of(model, batch, precision)
             loss.backward()
         found[name] = loss.item(), [p.grad.float().clone() for p in model.parameters() if p.grad is not None]
         model.zero_grad()
@@ -99,7 +153,7 @@ def agree(model: nn.Module, tokens: Tensor, precision: str, names: list[str]) ->
             del found[name]
 
 
-def step_of(model: nn.Module, tokens: Tensor, precision: str, name: str) -> Callable[[], float]:
+def step_of(model: nn.Module, batch: dict[str, Any], precision: str, name: str) -> Callable[[], float]:
     """Seconds of one training step."""
     from fastlm.optim import AdamW
 
@@ -110,7 +164,7 @@ def step_of(model: nn.Module, tokens: Tensor, precision: str, name: str) -> Call
 
     def step() -> float:
         start = time.perf_counter()
-        loss_of(model, tokens, precision).backward()
+        loss_of(model, batch, precision).backward()
         if name != OPTIMIZER:
             nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
@@ -129,16 +183,16 @@ def worker(options: argparse.Namespace) -> None:
     precision, names = options.precision[0], options.worker.split(",")
     before = peak()
     model = build(options.model[0], precision, options.layers)
-    tokens = torch.randint(3, model.config.vocab_size, (options.batch, options.length))
+    batch = batch_of(model, options.model[0], options.batch, options.length)
     if len(names) > 1:
-        agree(model, tokens, precision, names)
+        agree(model, batch, precision, names)
     states: dict[str, Callable[[], float]] = {}
     times: dict[str, list[float]] = {name: [] for name in names}
     for turn in range(options.warmup + options.steps):
         for name in names if turn % 2 == 0 else reversed(names):
             # the moments of torch's optimizer are one set for all that have it: they are not what differs
             key = name if name == OPTIMIZER else STOCK
-            step = states.setdefault(key, step_of(model, tokens, precision, name))
+            step = states.setdefault(key, step_of(model, batch, precision, name))
             with variant(model, name):
                 seconds = step()
             if turn >= options.warmup:
@@ -171,7 +225,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         prog="python -m bench.bench_hf", description=__doc__, formatter_class=argparse.RawTextHelpFormatter
     )
-    parser.add_argument("--model", choices=MODELS, action="append")
+    parser.add_argument("--model", choices=(*MODELS, *FAMILIES, "every"), action="append", help="default: gpt2, llama")
     parser.add_argument("--precision", choices=PRECISIONS, action="append")
     parser.add_argument("--malloc", choices=MALLOC, action="append", help="of both sides (default: each in turn)")
     parser.add_argument("--parts", action="store_true", help="also every part of enable() alone")
@@ -188,7 +242,8 @@ def main() -> None:
     names = [STOCK, ENABLED, OPTIMIZER, *(PARTS if options.parts else ())]
     print(f"{options.batch} x {options.length} tokens, {torch.get_num_threads()} threads, torch {torch.__version__}")
     results = Results() if options.save else None
-    for model in options.model or MODELS:
+    chosen = options.model or MODELS
+    for model in FAMILIES if "every" in chosen else chosen:
         for precision in options.precision or PRECISIONS:
             for malloc in options.malloc or MALLOC:
                 result = run(options, model, precision, malloc, names, options.steps)

@@ -1,5 +1,6 @@
-"""README's tables, made of bench/results/cpu-*.json (python -m bench cpu --save), hf-*.json
-(python -m bench.bench_hf --parts --save) and */results.json (python -m bench.gpu): `python -m bench.report` rewrites them and the drawings, `--check` only compares the tables.
+"""README's tables, made of bench/results/cpu-*.json (python -m bench cpu --save), hf-*.json (python -m bench.bench_hf
+--parts --save) and */results.json (python -m bench.gpu): `python -m bench.report` rewrites them and the drawings,
+`--check` only compares the tables.
 
 Ratios are the peer's median time over ours, taken in turn in one process, on a CPU both under the same malloc setting.
 """
