@@ -10,6 +10,7 @@ from fastlm.data.tokenizer import (
     ByteTokenizer,
     CharTokenizer,
     Tokenizer,
+    WordTokenizer,
     load_tokenizer,
     make_tokenizer,
 )
@@ -25,6 +26,7 @@ __all__ = [
     "SequentialWindows",
     "Shard",
     "Tokenizer",
+    "WordTokenizer",
     "atomic_file",
     "atomic_folder",
     "from_paths",

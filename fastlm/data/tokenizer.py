@@ -1,10 +1,12 @@
-"""Text to token ids and back: byte-level BPE, characters, bytes. Each is one tokenizer.json in a folder."""
+"""Text to token ids and back: byte-level BPE, words, characters, bytes. Each is one tokenizer.json in a folder."""
 
 from __future__ import annotations
 
 import hashlib
 import json
+import re
 from abc import ABC, abstractmethod
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -14,18 +16,19 @@ import numpy as np
 from fastlm.data.files import atomic_file
 
 FILE = "tokenizer.json"
-KINDS = ("bpe", "char", "byte")
+KINDS = ("bpe", "word", "char", "byte")
 END_OF_TEXT = "<|endoftext|>"
+UNKNOWN = "<unk>"
 PAD, CLS, SEP, MASK = "[PAD]", "[CLS]", "[SEP]", "[MASK]"
 ENCODER_SPECIALS = (PAD, CLS, SEP, MASK)
 """What BERT's tokenizers call padding, the start and the end of a row, and a word that was masked."""
 
 
 class Tokenizer(ABC):
-    """decode(encode(text)) == text for every text it accepts.
+    """decode(encode(text)) == text for every text it accepts; only words lose their spacing, and rare ones themselves.
 
     Attributes:
-        kind: "bpe", "char" or "byte".
+        kind: "bpe", "word", "char" or "byte".
         vocab_size: ids are 0 .. vocab_size - 1.
         separator: id put between documents, or None.
         specials: ids that no text encodes to, by name.
@@ -149,6 +152,50 @@ class CharTokenizer(Tokenizer):
         return json.dumps({"type": "fastlm-char", "characters": self.characters, **_listed(self.specials)})
 
 
+class WordTokenizer(Tokenizer):
+    """One id per word or punctuation mark, the commonest first; 0 stands for all others. After them the specials.
+
+    Args:
+        words: each once; the first is the name of what is unknown.
+    """
+
+    kind = "word"
+    _PATTERN = re.compile(r"\w+(?:[-'’]\w+)*|['’](?:s|t|m|d|re|ve|ll)\b|[^\w\s]")
+
+    def __init__(self, words: Sequence[str], specials: Sequence[str] = ()) -> None:
+        if not words or len(set(words)) != len(words):
+            raise ValueError(f"words must be one or more different words, got {list(words[:10])}")
+        self.words = list(words)
+        self.specials = _after(len(words), specials)
+        self.vocab_size = len(words) + len(specials)
+        # A word brings the space before it, so that texts can be put together piece by piece.
+        self._pieces = [w if w[0] in ".,;:!?)]}%…'’" else f" {w}" for w in (*words, *specials)]
+        self._ids = {word: i for i, word in enumerate(words)}
+
+    @classmethod
+    def train(cls, documents: Iterable[str], vocab_size: int = 4096, specials: Sequence[str] = ()) -> WordTokenizer:
+        """The commonest words of the documents.
+
+        Args:
+            vocab_size: ids in all at most. Words that occur once are left out in any case: what stands for the unknown
+                is learnt from them.
+        """
+        counts = Counter(word for text in documents for word in cls._PATTERN.findall(text))
+        known = sorted((word for word, count in counts.items() if count > 1), key=lambda word: (-counts[word], word))
+        if vocab_size < 2 + len(specials):
+            raise ValueError(f"vocab_size must be at least {2 + len(specials)} for words, got {vocab_size}")
+        return cls([UNKNOWN, *known[: vocab_size - 1 - len(specials)]], specials)
+
+    def encode(self, text: str) -> list[int]:
+        return [self._ids.get(word, 0) for word in self._PATTERN.findall(text)]
+
+    def decode(self, ids: Sequence[int]) -> str:
+        return "".join(self._pieces[int(i)] for i in ids)
+
+    def to_json(self) -> str:
+        return json.dumps({"type": "fastlm-word", "words": self.words, **_listed(self.specials)})
+
+
 class BPETokenizer(Tokenizer):
     """Byte-level byte-pair encoding (Sennrich et al. 2016, arXiv:1508.07909; on bytes as in GPT-2).
 
@@ -228,8 +275,8 @@ def make_tokenizer(
     """The tokenizer of a data folder: one that is there already, or one learnt from its training texts.
 
     Args:
-        tokenizer: "bpe", "char", "byte", or a Tokenizer.
-        vocab_size: ids of the BPE tokenizer; the others have their own.
+        tokenizer: "bpe", "word", "char", "byte", or a Tokenizer.
+        vocab_size: most ids of bpe and word; the others have their own.
         specials: names of ids that it must have.
 
     Raises:
@@ -240,6 +287,8 @@ def make_tokenizer(
         return tokenizer
     if tokenizer == "bpe":
         return BPETokenizer.train(train, vocab_size, specials)
+    if tokenizer == "word":
+        return WordTokenizer.train(train, vocab_size, specials)
     if tokenizer == "char":  # nanoGPT's way too: the alphabet of the whole corpus, or validation might not encode
         return CharTokenizer.train((*train, *validation), specials)
     if tokenizer == "byte":
@@ -267,6 +316,8 @@ def load_tokenizer(folder: str | Path) -> Tokenizer:
         return ByteTokenizer(content.get("specials", ()))
     if kind == "fastlm-char":
         return CharTokenizer(content["characters"], content.get("specials", ()))
+    if kind == "fastlm-word":
+        return WordTokenizer(content["words"], content.get("specials", ()))
     from tokenizers import Tokenizer as Inner
 
     try:

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from fastlm.data import BPETokenizer, ByteTokenizer, CharTokenizer, Tokenizer, load_tokenizer
+from fastlm.data import BPETokenizer, ByteTokenizer, CharTokenizer, Tokenizer, WordTokenizer, load_tokenizer
 from fastlm.data.tokenizer import ENCODER_SPECIALS, make_tokenizer
 
 TEXTS = [
@@ -127,3 +127,23 @@ def test_missing_and_doubled_specials(bpe: BPETokenizer) -> None:
         ByteTokenizer(["[PAD]", "[PAD]"])
     with pytest.raises(ValueError, match="vocab_size must be at least 261"):
         BPETokenizer.train(["a"], 260, ENCODER_SPECIALS)
+
+
+def test_words(tmp_path: Path) -> None:
+    text = "It's the well-known cat, isn't it? The cat! It's well-known, isn't it? Once."
+    tokenizer = WordTokenizer.train([text], 100, ENCODER_SPECIALS)
+    assert tokenizer.words == ["<unk>", ",", "?", "It's", "cat", "isn't", "it", "well-known"]
+    assert tokenizer.vocab_size == 12 and list(tokenizer.specials) == list(ENCODER_SPECIALS)
+    ids = tokenizer.encode("It's a cat , isn't it ?\n")
+    assert ids == [3, 0, 4, 1, 5, 6, 2] and tokenizer.decode(ids) == " It's <unk> cat, isn't it?"
+    assert "".join(tokenizer.decode([i]) for i in ids) == tokenizer.decode(ids)
+    assert WordTokenizer.train([text], 4).words == ["<unk>", ",", "?", "It's"], "the commonest, then by the alphabet"
+    assert WordTokenizer._PATTERN.findall("do n't you 's") == ["do", "n't", "you", "'s"]
+    tokenizer.save(tmp_path)
+    again = load_tokenizer(tmp_path)
+    assert isinstance(again, WordTokenizer) and again.fingerprint == tokenizer.fingerprint and again.encode(text)
+    assert make_tokenizer("word", [text], [], 100).vocab_size == 8
+    with pytest.raises(ValueError, match="at least 6 for words, got 5"):
+        WordTokenizer.train([text], 5, ENCODER_SPECIALS)
+    with pytest.raises(ValueError, match="different words"):
+        WordTokenizer(["a", "a"])
