@@ -4,6 +4,7 @@ from fastlm.data.batches import IGNORE, RandomWindows, SequentialWindows
 from fastlm.data.corpus import Corpus, from_paths, standard_library
 from fastlm.data.dataset import Dataset, prepare
 from fastlm.data.files import atomic_file, atomic_folder, recover_folder
+from fastlm.data.masking import MaskedText, prepare_masked
 from fastlm.data.shards import Shard, open_shard, write_shard
 from fastlm.data.tokenizer import (
     BPETokenizer,
@@ -22,6 +23,7 @@ __all__ = [
     "CharTokenizer",
     "Corpus",
     "Dataset",
+    "MaskedText",
     "RandomWindows",
     "SequentialWindows",
     "Shard",
@@ -34,6 +36,7 @@ __all__ = [
     "make_tokenizer",
     "open_shard",
     "prepare",
+    "prepare_masked",
     "recover_folder",
     "standard_library",
     "write_shard",

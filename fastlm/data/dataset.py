@@ -7,7 +7,7 @@ import platform
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from fastlm.data.batches import RandomWindows, SequentialWindows
 from fastlm.data.corpus import Corpus
@@ -16,6 +16,7 @@ from fastlm.data.shards import Shard, open_shard, write_shard
 from fastlm.data.tokenizer import Tokenizer, load_tokenizer, make_tokenizer
 
 FILE = "dataset.json"
+Opened = TypeVar("Opened", bound="Dataset")
 
 
 @dataclass(frozen=True)
@@ -46,7 +47,7 @@ class Dataset:
         return SequentialWindows(self.validation.tokens, context, batch)
 
     @classmethod
-    def open(cls, folder: str | Path) -> Dataset:
+    def open(cls: type[Opened], folder: str | Path) -> Opened:
         """Open what `prepare` wrote.
 
         Raises:
