@@ -10,8 +10,8 @@ from torch import Tensor
 from fastlm import native
 from fastlm._dispatch import LOW_PRECISION, Backend, Op
 from fastlm.ops._check import check_device, check_floating
-from fastlm.ops._library import define, no_double_backward
-from fastlm.ops._random import draw_seed
+from fastlm.ops._library import define, distinct, no_double_backward
+from fastlm.ops._random import check_dropout, draw_seed
 
 # No rows for GPUs: torch's own dropout is one vectorised kernel there. On the CPU its generator is serial.
 OP = Op(
@@ -106,11 +106,12 @@ def _call(x: Tensor, residual: Tensor | None, dropout: float, backend: str | Non
         check_device("residual", residual, x, "x")
         if residual.shape != x.shape:
             raise ValueError(f"residual must be {tuple(x.shape)} like x, got {tuple(residual.shape)}")
-    seed = draw_seed(dropout, x.device)
-    if residual is None and seed is None:
+    check_dropout(dropout)
+    if residual is None and dropout == 0.0:
         return x
     wide = residual is not None and residual.dtype is torch.float64
     name = OP.select(residual if wide and residual is not None else x, backend)
+    seed = draw_seed(dropout, x.device)
     if torch.is_grad_enabled():
-        return _Dropout.apply(x, residual, seed, float(dropout), name)
+        return _Dropout.apply(*distinct(x, residual), seed, float(dropout), name)
     return _forward(x, residual, seed, float(dropout), name)

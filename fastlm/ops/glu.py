@@ -11,7 +11,7 @@ from fastlm import cuda, native
 from fastlm._dispatch import LOW_PRECISION, Backend, Op
 from fastlm.kernels import _platform
 from fastlm.ops._check import check_choice, check_device, check_floating
-from fastlm.ops._library import define, no_double_backward
+from fastlm.ops._library import define, distinct, no_double_backward
 
 OP = Op(
     "glu",
@@ -74,7 +74,7 @@ def _glu(gate: Tensor, up: Tensor | None, activation: str, backend: str | None) 
             )
     name = OP.select(gate, backend)
     if torch.is_grad_enabled():
-        return _Glu.apply(gate, up, activation, name)
+        return _Glu.apply(*distinct(gate, up), activation, name)
     return _forward(gate, up, activation, name)
 
 

@@ -11,7 +11,7 @@ from fastlm import cuda, native
 from fastlm._dispatch import LOW_PRECISION, Backend, Op
 from fastlm.kernels import _platform
 from fastlm.ops._check import check_norm
-from fastlm.ops._library import cast, define, no_double_backward
+from fastlm.ops._library import cast, define, distinct, no_double_backward
 from fastlm.ops._random import draw_seed
 
 OP = Op(
@@ -143,7 +143,7 @@ def layer_norm(
     check_norm(x, None, weight, bias)
     name = OP.select(x, backend)
     if torch.is_grad_enabled():
-        return _LayerNorm.apply(x, None, weight, bias, eps, None, 0.0, name)
+        return _LayerNorm.apply(*distinct(x, None, weight, bias), eps, None, 0.0, name)
     return _forward(x, None, weight, bias, eps, None, 0.0, name)[0]
 
 
@@ -172,8 +172,9 @@ def add_layer_norm(
     of x, and one number as seed of dropout.
     """
     check_norm(x, residual, weight, bias)
-    seed, name = draw_seed(dropout, x.device), OP.select(x, backend)
+    name = OP.select(x, backend)
+    seed = draw_seed(dropout, x.device)  # a call that is refused draws nothing
     if torch.is_grad_enabled():
-        return _LayerNorm.apply(x, residual, weight, bias, eps, seed, float(dropout), name)
+        return _LayerNorm.apply(*distinct(x, residual, weight, bias), eps, seed, float(dropout), name)
     y, h, _, _ = _forward(x, residual, weight, bias, eps, seed, float(dropout), name)
     return y, h

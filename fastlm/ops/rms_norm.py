@@ -11,7 +11,7 @@ from fastlm import cuda, native
 from fastlm._dispatch import LOW_PRECISION, Backend, Op
 from fastlm.kernels import _platform
 from fastlm.ops._check import check_norm
-from fastlm.ops._library import define, no_double_backward
+from fastlm.ops._library import define, distinct, no_double_backward
 from fastlm.ops._random import draw_seed
 
 OP = Op(
@@ -174,9 +174,10 @@ def add_rms_norm(
     x, and one number as seed of dropout.
     """
     check_norm(x, residual, weight, None)
-    seed, name = draw_seed(dropout, x.device), OP.select(x, backend)
+    name = OP.select(x, backend)
+    seed = draw_seed(dropout, x.device)  # a call that is refused draws nothing
     eps = _default_eps(x) if eps is None else eps
     if torch.is_grad_enabled():
-        return _RmsNorm.apply(x, residual, weight, eps, offset, seed, float(dropout), name)
+        return _RmsNorm.apply(*distinct(x, residual), weight, eps, offset, seed, float(dropout), name)
     y, h, _ = _forward(x, residual, weight, eps, offset, seed, float(dropout), name)
     return y, h

@@ -11,7 +11,7 @@ from fastlm import cuda, native
 from fastlm._dispatch import LOW_PRECISION, Backend, Op
 from fastlm.kernels import _platform
 from fastlm.ops._check import check_device, check_floating
-from fastlm.ops._library import define, no_double_backward
+from fastlm.ops._library import define, distinct, no_double_backward
 
 OP = Op(
     "rope",
@@ -149,6 +149,6 @@ def rope(
     _check(q, k, cos, sin)
     name = OP.select(q, backend)
     if torch.is_grad_enabled():
-        return _Rope.apply(q, k, cos, sin, interleaved, name)
+        return _Rope.apply(*distinct(q, k, cos, sin), interleaved, name)
     outs = _forward(q, k, cos, sin, interleaved, name)
     return outs[0] if k is None else outs

@@ -87,3 +87,36 @@ def test_default_device_does_not_move_outputs() -> None:
         y = ops.rms_norm(x, weight)
         y.backward(y.detach())
     assert y.device.type == "cpu" and x.grad is not None and x.grad.device.type == "cpu"
+
+
+@pytest.mark.parametrize("op", ["swiglu", "rope", "layer_norm", "add_layer_norm", "add_rms_norm", "dropout_add"])
+def test_one_tensor_given_twice_is_compiled(op: str) -> None:
+    """dynamo refuses an autograd.Function the same tensor in two places."""
+    x = torch.randn(2, 4, 8, 16, requires_grad=True)
+    w, table = torch.randn(16, requires_grad=True), torch.randn(8, 8)
+    calls = {
+        "swiglu": lambda: ops.swiglu(x, x),
+        "rope": lambda: ops.rope(x, x, table, table),
+        "layer_norm": lambda: ops.layer_norm(x, w, w),
+        "add_layer_norm": lambda: ops.add_layer_norm(x, x, w, w),
+        "add_rms_norm": lambda: ops.add_rms_norm(x, x, w),
+        "dropout_add": lambda: ops.dropout_add(x, x, 0.0),
+    }
+    torch._dynamo.reset()
+    compiled = torch.compile(calls[op], fullgraph=True, backend="aot_eager")
+    expected, actual = calls[op](), compiled()
+    torch.testing.assert_close(actual, expected, rtol=0, atol=0)
+    gradients = []
+    for made in (expected, actual):
+        outputs = made if isinstance(made, tuple) else (made,)
+        gradients.append(torch.autograd.grad(outputs, x, [torch.ones_like(o) for o in outputs])[0])
+    torch.testing.assert_close(gradients[1], gradients[0], rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("op", ["dropout", "dropout_add", "add_layer_norm", "add_rms_norm"])
+def test_a_refused_call_draws_no_seed(op: str) -> None:
+    x = torch.randn(3, 8)
+    before = torch.get_rng_state()
+    with pytest.raises(NotImplementedError):
+        getattr(ops, op)(*([x] if op == "dropout" else [x, x]), dropout=0.5, backend="cuda")
+    assert torch.equal(torch.get_rng_state(), before)
