@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+from collections.abc import Sequence
 from typing import Any
 
 from torch import nn
@@ -30,8 +31,8 @@ def enable(
         norm: LayerNorm and RMSNorm, with the offsets and casts of each family.
         mlp: gated and plain feed-forward parts.
         rope: rotary position embedding.
-        loss: the head and its loss in one op, which never holds all logits: a training step then has
-            outputs.logits None.
+        loss: the head and its loss in one op, which never holds all logits: outputs.logits of a training step is a
+            tensor that is made when it is first read, before the next step of the optimizer.
 
     Returns:
         What was replaced, what was left, and why; it is printed too.
@@ -43,20 +44,21 @@ def enable(
         The model is then as it was.
     """
     wanted = {"attention": attention, "norm": norm, "mlp": mlp, "rope": rope, "loss": loss}
+    parts = [part for part in PARTS if wanted[part]]
     inner = _pretrained(model)
     if _ENABLED in inner.__dict__:
-        raise ValueError(f"model is enabled already, with {inner.__dict__[_ENABLED]}: call fastlm.hf.disable first")
+        enabled = ", ".join(inner.__dict__[_ENABLED])
+        raise ValueError(f"model is enabled already, with {enabled}: call fastlm.hf.disable first")
     report = Report(type(inner).__name__)
     try:
-        for part in PARTS:
-            if wanted[part]:
-                _part(part).apply(inner, report)
+        for part in parts:
+            _part(part).apply(inner, report)
         if not report.replaced:
             raise ValueError(f"model has nothing to replace. {report}")
     except BaseException:
-        _undo(inner)
+        _undo(inner, parts)
         raise
-    inner.__dict__[_ENABLED] = ", ".join(part for part in PARTS if wanted[part])
+    inner.__dict__[_ENABLED] = parts
     print(report)
     return report
 
@@ -68,17 +70,18 @@ def disable(model: nn.Module) -> None:
         ValueError: the model is not enabled.
     """
     inner = _pretrained(model)
-    if inner.__dict__.pop(_ENABLED, None) is None:
+    parts = inner.__dict__.pop(_ENABLED, None)
+    if parts is None:
         raise ValueError("model is not enabled: there is nothing to undo")
-    _undo(inner)
+    _undo(inner, parts)
 
 
 def _part(name: str) -> Any:
     return importlib.import_module(f"fastlm.hf.{name}")
 
 
-def _undo(model: nn.Module) -> None:
-    for part in reversed(PARTS):
+def _undo(model: nn.Module, parts: Sequence[str]) -> None:
+    for part in reversed(parts):
         undo = getattr(_part(part), "undo", None)
         if undo is not None:
             undo(model)

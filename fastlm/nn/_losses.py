@@ -16,7 +16,7 @@ from torch.overrides import handle_torch_function, has_torch_function_variadic
 from fastlm import ops
 
 
-def _fits(input: Tensor, target: Tensor, weight: Tensor | None, label_smoothing: float) -> bool:
+def fits(input: Tensor, target: Tensor, weight: Tensor | None, label_smoothing: float) -> bool:
     """Whether ops.cross_entropy takes this call."""
     if not (
         input.dim() >= 1
@@ -35,7 +35,7 @@ def _fits(input: Tensor, target: Tensor, weight: Tensor | None, label_smoothing:
     return same and weight.shape == (classes,) and weight.device == input.device and not weight.requires_grad
 
 
-def _like_torch(loss: Tensor, dtype: torch.dtype) -> Tensor:
+def like_torch(loss: Tensor, dtype: torch.dtype) -> Tensor:
     """The float32 loss in the dtype torch returns: the logits', and float32 under autocast."""
     return loss if torch.is_autocast_enabled(loss.device.type) else loss.to(dtype)
 
@@ -78,7 +78,7 @@ def cross_entropy(
         )
     if size_average is not None or reduce is not None:
         reduction = torch.nn._reduction.legacy_get_string(size_average, reduce)
-    if reduction not in ("none", "mean", "sum") or not _fits(input, target, weight, label_smoothing):
+    if reduction not in ("none", "mean", "sum") or not fits(input, target, weight, label_smoothing):
         return torch.nn.functional.cross_entropy(
             input,
             target,
@@ -96,7 +96,7 @@ def cross_entropy(
         reduction=reduction,
         label_smoothing=label_smoothing,
     )
-    loss = _like_torch(loss, input.dtype)
+    loss = like_torch(loss, input.dtype)
     return loss.reshape(target.shape) if reduction == "none" else loss
 
 
@@ -194,7 +194,7 @@ def linear_cross_entropy(
             reduction=reduction,
             label_smoothing=label_smoothing,
         )
-        loss = _like_torch(loss, input.dtype)
+        loss = like_torch(loss, input.dtype)
         return loss.reshape(target.shape) if reduction == "none" else loss
     flat = linear_weight.reshape(math.prod(places, start=classes), channels)
     bias = None if linear_bias is None else linear_bias.reshape(-1)
