@@ -1,9 +1,12 @@
-"""Choosing the next token from logits."""
+"""Choosing the next token from logits, in evaluation mode."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 
 def check_sampling(temperature: float, top_k: int | None, top_p: float | None) -> None:
@@ -35,3 +38,16 @@ def sample(
         before = ordered.cumsum(-1) - ordered  # the probability of all more probable tokens
         probabilities = torch.zeros_like(ordered).scatter_(-1, index, ordered.masked_fill(before >= top_p, 0.0))
     return torch.multinomial(probabilities, 1, generator=generator).squeeze(1)
+
+
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Evaluation mode within the block; afterwards every module is in the mode it was in."""
+    training = [module for module in model.modules() if module.training]
+    for module in training:
+        module.training = False
+    try:
+        yield
+    finally:
+        for module in training:
+            module.training = True

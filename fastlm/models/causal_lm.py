@@ -6,7 +6,6 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from typing import Any, NamedTuple, cast
 
@@ -27,7 +26,7 @@ from fastlm.models._check import (
 from fastlm.models._files import load_config, load_weights, save_folder
 from fastlm.models._hf import read_model, write_model
 from fastlm.models._hf_causal import config_from_hf, config_to_hf, state_from_hf, state_to_hf
-from fastlm.models._sampling import check_sampling, sample
+from fastlm.models._sampling import check_sampling, evaluating, sample
 from fastlm.nn import Embedding, KVCache, RotaryEmbedding, TransformerBlock
 from fastlm.nn.mlp import ACTIVATIONS
 from fastlm.nn.norm import dropped
@@ -272,7 +271,7 @@ class CausalLM(nn.Module):
             caches = [KVCache(c.context) for _ in self.blocks] if use_cache else None
             ended = torch.zeros(tokens.shape[0], dtype=torch.bool, device=tokens.device)
             for _ in range(max_new_tokens):
-                with torch.no_grad(), _evaluating(self):
+                with torch.no_grad(), evaluating(self):
                     if caches and (seen.shape[1] <= c.context):
                         x = self._hidden(seen[:, caches[0].length :], caches)  # the tokens the caches lack
                     else:
@@ -354,16 +353,3 @@ class CausalLM(nn.Module):
         """
         target = config_to_hf(self.config)
         write_model(folder, target, state_to_hf(self.config, target, self.state_dict()))
-
-
-@contextmanager
-def _evaluating(model: nn.Module) -> Iterator[None]:
-    """Evaluation mode within the block; afterwards every module is in the mode it was in."""
-    training = [module for module in model.modules() if module.training]
-    for module in training:
-        module.training = False
-    try:
-        yield
-    finally:
-        for module in training:
-            module.training = True

@@ -2,6 +2,7 @@
 
 from fastlm.nn import functional
 from fastlm.nn.attention import KVCache, MultiheadAttention, SelfAttention
+from fastlm.nn.decoder import CrossAttention, DecoderBlock
 from fastlm.nn.embedding import Embedding
 from fastlm.nn.linear import Linear
 from fastlm.nn.loss import CrossEntropyLoss, LinearCrossEntropyLoss
@@ -12,7 +13,9 @@ from fastlm.nn.transformer import EncoderBlock, TransformerBlock
 
 __all__ = [
     "MLP",
+    "CrossAttention",
     "CrossEntropyLoss",
+    "DecoderBlock",
     "Embedding",
     "EncoderBlock",
     "KVCache",

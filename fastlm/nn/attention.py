@@ -194,6 +194,12 @@ class KVCache:
         self.length = end
         return self._keys[:, :, :end], self._values[:, :, :end]
 
+    def reorder(self, rows: Tensor) -> None:
+        """Row i of the batch goes on from what row rows[i] was; rows (B,) int64 (beams that survive)."""
+        if self._keys is not None and self._values is not None:
+            for kept in (self._keys, self._values):
+                kept[:, :, : self.length] = kept[:, :, : self.length].index_select(0, rows)
+
 
 class SelfAttention(torch.nn.Module):
     """out(attention(q, k, v)) with q, k, v from one projection of x (Vaswani et al. 2017, arXiv:1706.03762).

@@ -143,7 +143,7 @@ class TransformerBlock(torch.nn.Module):
 
 class EncoderBlock(torch.nn.Module):
     """h = norm1(x + attention(x)); norm2(h + mlp(h)): the post-norm block of the first Transformer (Vaswani et al.
-    2017, arXiv:1706.03762) and of BERT, over all positions at once.
+    2017, arXiv:1706.03762) and of BERT, over all positions at once; or as TransformerBlock with the norms before.
 
     Args:
         width: C.
@@ -152,6 +152,7 @@ class EncoderBlock(torch.nn.Module):
         norm_eps: added to the variance in both LayerNorms.
         dropout: of what both branches add to the residual stream.
         attention_dropout: of attention weights; None stands for dropout.
+        pre_norm: where the norms stand.
 
     Raises:
         ValueError: as SelfAttention and MLP.
@@ -166,11 +167,13 @@ class EncoderBlock(torch.nn.Module):
         norm_eps: float = 1e-5,
         dropout: float = 0.0,
         attention_dropout: float | None = None,
+        pre_norm: bool = False,
         device: torch.device | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
         attention_dropout = dropout if attention_dropout is None else attention_dropout
+        self.pre_norm = pre_norm
         self.attention = SelfAttention(width, heads, None, True, attention_dropout, False, device, dtype)
         self.norm1 = LayerNorm(width, norm_eps, device=device, dtype=dtype)
         self.mlp = MLP(width, mlp_width, activation, True, device, dtype)
@@ -183,6 +186,9 @@ class EncoderBlock(torch.nn.Module):
         What stands at a padded position is finite and of no use.
         """
         dropout = self.dropout.p if self.dropout.training else 0.0
-        x, _ = add_norm(self.norm1, self.attention(x, mask=mask), x, dropout)  # in one pass
+        if self.pre_norm:
+            y, x = add_norm(self.norm2, self.attention(self.norm1(x), mask=mask), x, dropout)  # in one pass
+            return add_dropped(self.mlp(y), x, dropout)
+        x, _ = add_norm(self.norm1, self.attention(x, mask=mask), x, dropout)
         x, _ = add_norm(self.norm2, self.mlp(x), x, dropout)
         return x
