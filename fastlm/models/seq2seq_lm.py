@@ -26,6 +26,8 @@ from fastlm.models._check import (
     config_from_dict,
 )
 from fastlm.models._files import load_config, load_weights, save_folder
+from fastlm.models._hf import read_model, write_model
+from fastlm.models._hf_bart import config_from_hf, config_to_hf, state_from_hf, state_to_hf
 from fastlm.models._sampling import check_sampling, evaluating, sample
 from fastlm.nn import DecoderBlock, Embedding, EncoderBlock, KVCache, LayerNorm, RotaryEmbedding
 from fastlm.nn.mlp import ACTIVATIONS
@@ -390,3 +392,34 @@ class Seq2SeqLM(nn.Module):
         values = load_config(folder)
         config = Seq2SeqLMConfig.from_dict(values)
         return cast(Seq2SeqLM, load_weights(folder, values, lambda: cls(config), device))
+
+    @classmethod
+    def from_hf(cls, source: str | os.PathLike[str] | nn.Module) -> Seq2SeqLM:
+        """The model that computes what a transformers BART, mBART or Marian does, in float32.
+
+        Args:
+            source: a folder that save_pretrained wrote (config.json, model.safetensors, in shards or whole), or a
+                BartForConditionalGeneration, MBartForConditionalGeneration, MarianMTModel. transformers itself is not
+                needed for a folder.
+
+        Raises:
+            FileNotFoundError: folder or file missing. TypeError: source is neither.
+            ValueError: another family; a field or tensor that has no place here, by name.
+        """
+        values, state = read_model(source)
+        config = Seq2SeqLMConfig(**config_from_hf(values, state))
+        model = cls(config)
+        model.load_state_dict(state_from_hf(config, state))
+        return model
+
+    def to_hf(self, folder: str | os.PathLike[str]) -> None:
+        """Writes config.json and model.safetensors as transformers' AutoModelForSeq2SeqLM.from_pretrained reads them.
+
+        Raises:
+            ValueError: the config is none of BART's, mBART's and Marian's, or lacks pad, bos or eos; names the fields.
+            OSError: the folder cannot be written or the disk is full; what was there stays whole.
+        """
+        mlp = cast(DecoderBlock, self.decoder[0]).mlp
+        write_model(
+            folder, config_to_hf(self.config, mlp.down.in_features), state_to_hf(self.config, self.state_dict())
+        )
