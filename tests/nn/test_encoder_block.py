@@ -16,7 +16,7 @@ def twin(block: EncoderBlock, activation: str) -> torch.nn.TransformerEncoderLay
     attention, mlp = block.attention, block.mlp
     width = attention.out.in_features
     layer = torch.nn.TransformerEncoderLayer(
-        width, attention.heads, mlp.up.out_features, 0.0, activation, block.norm1.eps, batch_first=True
+        width, attention.heads, mlp.up.out_features, 0.0, activation, block.norm1.eps, True, block.pre_norm
     )
     layer.load_state_dict({
         "self_attn.in_proj_weight": attention.qkv.weight, "self_attn.in_proj_bias": attention.qkv.bias,
@@ -42,8 +42,9 @@ def same(x: Tensor, y: Tensor, tolerance: float = 1e-5) -> None:
 
 @pytest.mark.parametrize("activation", ["gelu", "relu"])
 @pytest.mark.parametrize("padded", [False, True])
-def test_numbers_and_gradients_of_torchs_layer(activation: str, padded: bool) -> None:
-    block = randomised(activation=activation, norm_eps=1e-6)
+@pytest.mark.parametrize("pre_norm", [False, True])
+def test_numbers_and_gradients_of_torchs_layer(activation: str, padded: bool, pre_norm: bool) -> None:
+    block = randomised(activation=activation, norm_eps=1e-6, pre_norm=pre_norm)
     layer = twin(block, activation)
     x, dy = torch.randn(3, 11, 32), torch.randn(3, 11, 32)
     mask = torch.arange(11) < torch.tensor([[11], [6], [1]]) if padded else None
