@@ -43,13 +43,6 @@ def add_norm(norm: LayerNorm | RMSNorm, x: Tensor, residual: Tensor, dropout: fl
     return ops.add_rms_norm(x, residual, norm.weight, norm.eps, dropout=dropout)
 
 
-def dropped(x: Tensor, dropout: float) -> Tensor:
-    """dropout(x); on the CPU not with torch's generator, which is serial."""
-    if x.is_cpu and 0.0 < dropout < 1.0:
-        return ops.dropout(x, dropout)
-    return torch.nn.functional.dropout(x, dropout)
-
-
 def add_dropped(x: Tensor, residual: Tensor, dropout: float) -> Tensor:
     """residual + dropout(x); on the CPU in one pass, because torch's generator there is serial."""
     if residual.is_cpu and 0.0 < dropout < 1.0:
