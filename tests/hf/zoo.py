@@ -6,9 +6,11 @@ import warnings
 from collections.abc import Callable
 from typing import Any
 
+import pytest
 import torch
-import transformers
-from transformers import PreTrainedModel
+
+transformers = pytest.importorskip("transformers", "5.21", reason="transformers 5.21 needs Python 3.11")
+PreTrainedModel = transformers.PreTrainedModel
 
 VOCAB, PAD = 96, 0
 _DECODER = {
