@@ -1,12 +1,14 @@
 """torch.nn.functional's own signatures and semantics over fastlm.ops: changing the import is the whole migration.
 
-What torch refuses is refused with the same type of exception; torch.autocast acts on these as on torch's.
+What torch refuses is refused with the same type of exception; torch.autocast acts on these as on torch's. Every other
+name of torch.nn.functional is found here too, as it stands there.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -18,7 +20,9 @@ from fastlm.nn._losses import cross_entropy, linear_cross_entropy
 
 __all__ = [
     "cross_entropy",
+    "dropout",
     "embedding",
+    "gelu",
     "layer_norm",
     "linear",
     "linear_cross_entropy",
@@ -27,6 +31,47 @@ __all__ = [
     "scaled_dot_product_attention",
     "softmax",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    return getattr(torch.nn.functional, name)
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *dir(torch.nn.functional)})
+
+
+def dropout(input: Tensor, p: float = 0.5, training: bool = True, inplace: bool = False) -> Tensor:
+    """torch.nn.functional.dropout over ops.dropout on the CPU, where torch's generator is serial; else torch's own.
+
+    Args:
+        input: any shape; torch's own function serves integers, scalars and a p of 0 or 1.
+        p: probability of dropping an element; the others are divided by 1 - p.
+        training: False returns input.
+        inplace: torch's own function serves it.
+
+    Returns:
+        Shape and dtype of input. Raises what torch raises.
+    """
+    fits = training and not inplace and 0.0 < p < 1.0 and input.is_cpu and input.dim() and input.is_floating_point()
+    if not fits or has_torch_function_unary(input):
+        return torch.nn.functional.dropout(input, p, training, inplace)
+    return ops.dropout(input, p)
+
+
+def gelu(input: Tensor, approximate: str = "none") -> Tensor:
+    """torch.nn.functional.gelu over ops.gelu.
+
+    Args:
+        input: any shape.
+        approximate: "none" or "tanh".
+
+    Returns:
+        Shape and dtype of input. Raises what torch raises.
+    """
+    if has_torch_function_unary(input) or not input.is_floating_point() or approximate not in ("none", "tanh"):
+        return torch.nn.functional.gelu(input, approximate=approximate)
+    return ops.gelu(input, approximate=approximate)
 
 
 def layer_norm(

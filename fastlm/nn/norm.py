@@ -23,7 +23,9 @@ class RMSNorm(torch.nn.RMSNorm):
         return F.rms_norm(x, self.normalized_shape, self.weight, self.eps)
 
 
-def add_norm(norm: LayerNorm | RMSNorm, x: Tensor, residual: Tensor, dropout: float = 0.0) -> tuple[Tensor, Tensor]:
+def add_norm(
+    norm: torch.nn.LayerNorm | torch.nn.RMSNorm, x: Tensor, residual: Tensor, dropout: float = 0.0
+) -> tuple[Tensor, Tensor]:
     """h = dropout(x) + residual, y = norm(h), in one pass over memory where both have one dtype.
 
     Args:

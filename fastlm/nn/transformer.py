@@ -10,6 +10,7 @@ from torch.nn import Dropout, Linear, Module, Parameter
 from torch.nn.modules.module import _has_any_global_hook
 
 from fastlm.nn._autocast import autocast_dtype, lower
+from fastlm.nn._modules import unheard
 from fastlm.nn.attention import KVCache, SelfAttention
 from fastlm.nn.mlp import MLP
 from fastlm.nn.norm import LayerNorm, RMSNorm, add_dropped, add_norm
@@ -41,10 +42,7 @@ _KINDS = frozenset({LayerNorm, RMSNorm, SelfAttention, MLP, Linear, Dropout})
 
 def _as_made(module: Module) -> bool:
     """Whether calling the module is calling its class's forward: no subclass (a parametrization makes one), no hook."""
-    return type(module) in _KINDS and not (
-        module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
-        or "forward" in module.__dict__
-    )  # fmt: skip
+    return type(module) in _KINDS and unheard(module)
 
 
 class TransformerBlock(torch.nn.Module):

@@ -18,6 +18,13 @@ TORCH_LAYERS = {
     "RMSNorm": ((8,), {"eps": 1e-6}),
     "CrossEntropyLoss": ((), {"label_smoothing": 0.1}),
     "MultiheadAttention": ((16, 4), {"batch_first": True}),
+    "TransformerEncoderLayer": ((16, 4, 24), {"batch_first": True}),
+    "TransformerDecoderLayer": ((16, 4, 24), {"norm_first": True, "bias": False}),
+    "Transformer": ((16, 4, 1, 2, 24), {"activation": "gelu", "batch_first": True}),
+    "GELU": (("tanh",), {}),
+    "Dropout": ((0.3,), {}),
+    "Softmax": ((-1,), {}),
+    "LogSoftmax": ((), {"dim": 1}),
     "LinearCrossEntropyLoss": ((8, 5), {"bias": True}),
 }
 each_torch_layer = pytest.mark.parametrize("name", [n for n in TORCH_LAYERS if hasattr(torch.nn, n)])

@@ -1,0 +1,20 @@
+"""Whether a module does what its class is known for, so that its parts may be fused with those of another."""
+
+from __future__ import annotations
+
+from torch.nn import Module
+
+
+def unheard(module: Module) -> bool:
+    """Whether nobody would notice that the module is not called: it has no hook and no forward of its own."""
+    return not (
+        module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
+        or "forward" in module.__dict__
+    )  # fmt: skip
+
+
+def runs(module: Module, *layers: type[Module]) -> bool:
+    """Whether to call the module is to run one of these layers' forward on its attributes, and nothing else. True of a
+    subclass that leaves the forward alone, such as a parametrized layer's."""
+    forward = type(module).forward
+    return any(forward is layer.forward for layer in layers) and unheard(module)

@@ -1,0 +1,287 @@
+"""torch.nn's Transformer: its layers, their stacks and the whole, with our forward.
+
+Vaswani et al. 2017 (arXiv:1706.03762); norm_first: Xiong et al. 2020 (arXiv:2002.04745).
+
+A forward here stands on nothing but what torch's constructor made, so that an instance of torch's class may be given
+it, and looks at its parts when it is called: a norm, a linear layer or a dropout that somebody listens to, or that is
+no longer torch's, is called as it is.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Sequence
+from itertools import pairwise
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import Module
+from torch.nn.modules.module import _has_any_global_hook
+
+from fastlm.nn import functional as F
+from fastlm.nn._modules import runs
+from fastlm.nn.activation import GELU
+from fastlm.nn.dropout import Dropout
+from fastlm.nn.linear import Linear
+from fastlm.nn.multihead_attention import MultiheadAttention
+from fastlm.nn.norm import LayerNorm, add_dropped, add_norm
+
+Branch = tuple[Callable[[Tensor], Tensor], Module, Module]
+"""A function, its norm and its dropout."""
+
+
+def _rate(dropout: Module) -> float | None:
+    """The probability of a dropout that may be fused, else None."""
+    if not runs(dropout, torch.nn.Dropout, Dropout) or _has_any_global_hook():
+        return None
+    return dropout.p if dropout.training else 0.0  # type: ignore[return-value]
+
+
+def _add(x: Tensor, residual: Tensor, dropout: Module) -> Tensor:
+    """residual + dropout(x)."""
+    p = _rate(dropout)
+    return residual + dropout(x) if p is None else add_dropped(x, residual, p)
+
+
+def _add_norm(x: Tensor, residual: Tensor, dropout: Module, norm: Module) -> tuple[Tensor, Tensor]:
+    """(norm(h), h), h = residual + dropout(x)."""
+    p = _rate(dropout)
+    if p is None or not runs(norm, torch.nn.LayerNorm, LayerNorm) or len(norm.normalized_shape) != 1:  # type: ignore[arg-type]
+        h = _add(x, residual, dropout)
+        return norm(h), h
+    return add_norm(norm, x, residual, p)  # type: ignore[arg-type]
+
+
+def _residual(x: Tensor, branches: Sequence[Branch], norm_first: bool) -> Tensor:
+    """x = x + branch(norm(x)) for every branch, or x = norm(x + branch(x)): an addition and its norm in one pass."""
+    if not norm_first:
+        for branch, norm, dropout in branches:
+            x, _ = _add_norm(branch(x), x, dropout, norm)
+        return x
+    y = branches[0][1](x)
+    for (branch, _, dropout), (_, norm, _) in pairwise(branches):
+        y, x = _add_norm(branch(y), x, dropout, norm)
+    branch, _, dropout = branches[-1]
+    return _add(branch(y), x, dropout)
+
+
+def _linear(layer: Module, x: Tensor) -> Tensor:
+    if not runs(layer, torch.nn.Linear, Linear) or _has_any_global_hook():
+        return layer(x)
+    return F.linear(x, layer.weight, layer.bias)  # type: ignore[arg-type]
+
+
+def _activate(activation: Any, x: Tensor) -> Tensor:
+    if activation is torch.nn.functional.gelu:
+        return F.gelu(x)
+    if isinstance(activation, torch.nn.GELU) and runs(activation, torch.nn.GELU, GELU):
+        return F.gelu(x, activation.approximate)
+    return activation(x)
+
+
+def _attend(
+    attention: Module, x: Tensor, memory: Tensor, mask: Tensor | None, padding: Tensor | None, is_causal: bool
+) -> Tensor:
+    return attention(
+        x, memory, memory, attn_mask=mask, key_padding_mask=padding, need_weights=False, is_causal=is_causal
+    )[0]
+
+
+def _feed_forward(layer: Any, x: Tensor) -> Tensor:
+    x = _activate(layer.activation, _linear(layer.linear1, x))
+    p = _rate(layer.dropout)
+    return _linear(layer.linear2, layer.dropout(x) if p is None else F.dropout(x, p))
+
+
+def _keeps(layer: Module, original: type[Module], *methods: str) -> bool:
+    """Whether the layer's class and the layer itself leave these methods of torch's class alone. Subclasses override
+    them, `_sa_block` above all to get at the attention weights."""
+    kind = type(layer)
+    return all(getattr(kind, m) is getattr(original, m) and m not in layer.__dict__ for m in methods)
+
+
+def _constructor(original: type[Module]) -> Any:
+    """The constructor of torch's class, with fastlm's layers for the torch layers it makes. They differ in their class
+    alone, and so the weights are those that torch draws. What the caller gave, an activation or a stack, stays."""
+
+    @functools.wraps(original.__init__)
+    def __init__(self: Module, *args: Any, **kwargs: Any) -> None:
+        original.__init__(self, *args, **kwargs)
+        _adopt(self, given=(*args, *kwargs.values()))
+
+    return __init__
+
+
+def _adopt(module: Module, given: Sequence[object]) -> None:
+    for child in module.children():
+        if not any(child is argument for argument in given):
+            child.__class__ = _OURS.get(type(child), type(child))
+            _adopt(child, given)
+
+
+class TransformerEncoderLayer(torch.nn.TransformerEncoderLayer):
+    """torch.nn.TransformerEncoderLayer over fused attention, gelu, linear layers, dropout, and addition with norm.
+
+    Training and evaluation run the same code, and give what torch gives in training: its fast path of evaluation reads
+    float masks as bool, gives NaN where a query sees no key, and ignores is_causal without src_mask: refused here.
+    Nested tensors, and a subclass with a `_sa_block` or `_ff_block` of its own, get torch's forward.
+    """
+
+    __init__ = _constructor(torch.nn.TransformerEncoderLayer)
+
+    def forward(
+        self,
+        src: Tensor,
+        src_mask: Tensor | None = None,
+        src_key_padding_mask: Tensor | None = None,
+        is_causal: bool = False,
+    ) -> Tensor:
+        """As torch's: src (S, E), (S, B, E), or (B, S, E) with batch_first; masks as MultiheadAttention's."""
+        if src.is_nested or not _keeps(self, torch.nn.TransformerEncoderLayer, "_sa_block", "_ff_block"):
+            return super().forward(src, src_mask, src_key_padding_mask, is_causal)
+
+        def attend(x: Tensor) -> Tensor:
+            return _attend(self.self_attn, x, x, src_mask, src_key_padding_mask, is_causal)
+
+        feed_forward = functools.partial(_feed_forward, self)
+        branches = (attend, self.norm1, self.dropout1), (feed_forward, self.norm2, self.dropout2)
+        return _residual(src, branches, self.norm_first)
+
+
+class TransformerDecoderLayer(torch.nn.TransformerDecoderLayer):
+    """torch.nn.TransformerDecoderLayer over fused attention, gelu, linear layers, dropout, and addition with norm.
+
+    A subclass with a `_sa_block`, `_mha_block` or `_ff_block` of its own gets torch's forward.
+    """
+
+    __init__ = _constructor(torch.nn.TransformerDecoderLayer)
+
+    def forward(
+        self,
+        tgt: Tensor,
+        memory: Tensor,
+        tgt_mask: Tensor | None = None,
+        memory_mask: Tensor | None = None,
+        tgt_key_padding_mask: Tensor | None = None,
+        memory_key_padding_mask: Tensor | None = None,
+        tgt_is_causal: bool = False,
+        memory_is_causal: bool = False,
+    ) -> Tensor:
+        """As torch's: tgt (T, E), (T, B, E), or (B, T, E) with batch_first; memory the same with S; masks as
+        MultiheadAttention's."""
+        if not _keeps(self, torch.nn.TransformerDecoderLayer, "_sa_block", "_mha_block", "_ff_block"):
+            return super().forward(
+                tgt, memory, tgt_mask, memory_mask, tgt_key_padding_mask, memory_key_padding_mask, tgt_is_causal,
+                memory_is_causal,
+            )  # fmt: skip
+
+        def attend(x: Tensor) -> Tensor:
+            return _attend(self.self_attn, x, x, tgt_mask, tgt_key_padding_mask, tgt_is_causal)
+
+        def cross(x: Tensor) -> Tensor:
+            return _attend(self.multihead_attn, x, memory, memory_mask, memory_key_padding_mask, memory_is_causal)
+
+        feed_forward = functools.partial(_feed_forward, self)
+        branches = (
+            (attend, self.norm1, self.dropout1),
+            (cross, self.norm2, self.dropout2),
+            (feed_forward, self.norm3, self.dropout3),
+        )
+        return _residual(tgt, branches, self.norm_first)
+
+
+class TransformerEncoder(torch.nn.TransformerEncoder):
+    """torch.nn.TransformerEncoder whose layers run as fastlm's.
+
+    In evaluation torch turns a padded batch into a nested tensor where it can (enable_nested_tensor, masks that pad on
+    the right, no src_mask, no gradient) and returns zeros at padded positions, before the final norm. So does this, and
+    computes real positions alone. A stack with layers of another class gets torch's forward.
+    """
+
+    def forward(
+        self,
+        src: Tensor,
+        mask: Tensor | None = None,
+        src_key_padding_mask: Tensor | None = None,
+        is_causal: bool | None = None,
+    ) -> Tensor:
+        """As torch's; is_causal None looks whether mask is the causal one, but not under torch.compile."""
+        if src.is_nested or not all(isinstance(layer, TransformerEncoderLayer) for layer in self.layers):
+            return super().forward(src, mask, src_key_padding_mask, is_causal)
+        is_causal = _is_causal(mask, is_causal)
+        x = src
+        for layer in self.layers:
+            x = layer(x, src_mask=mask, is_causal=is_causal, src_key_padding_mask=src_key_padding_mask)
+        if self._drops_padding(src, mask, src_key_padding_mask):
+            x = x.masked_fill(src_key_padding_mask.unsqueeze(-1), 0.0)  # type: ignore[union-attr]
+        return x if self.norm is None else self.norm(x)
+
+    def _drops_padding(self, src: Tensor, mask: Tensor | None, padding: Tensor | None) -> bool:
+        """Whether torch would make a nested tensor of src: its conditions."""
+        if padding is None or mask is not None or padding.dtype is not torch.bool or src.dim() != 3:
+            return False
+        first = self.layers[0]
+        if first.training or not self.use_nested_tensor or not torch.backends.mha.get_fastpath_enabled():
+            return False
+        if torch.is_grad_enabled() and (src.requires_grad or any(p.requires_grad for p in first.parameters())):
+            return False
+        if torch.is_autocast_enabled():
+            return False
+        if not self.mask_check:
+            return True
+        if torch.compiler.is_compiling():
+            return False
+        return not bool((padding[:, 1:] < padding[:, :-1]).any())
+
+
+class TransformerDecoder(torch.nn.TransformerDecoder):
+    """torch.nn.TransformerDecoder, whole under torch.compile."""
+
+    def forward(
+        self,
+        tgt: Tensor,
+        memory: Tensor,
+        tgt_mask: Tensor | None = None,
+        memory_mask: Tensor | None = None,
+        tgt_key_padding_mask: Tensor | None = None,
+        memory_key_padding_mask: Tensor | None = None,
+        tgt_is_causal: bool | None = None,
+        memory_is_causal: bool = False,
+    ) -> Tensor:
+        """As torch's; tgt_is_causal None looks whether tgt_mask is the causal one, but not under torch.compile."""
+        return super().forward(
+            tgt, memory, tgt_mask, memory_mask, tgt_key_padding_mask, memory_key_padding_mask,
+            _is_causal(tgt_mask, tgt_is_causal), memory_is_causal,
+        )  # fmt: skip
+
+
+class Transformer(torch.nn.Transformer):
+    """torch.nn.Transformer of fastlm's encoder and decoder; custom ones stay as they were given."""
+
+    __init__ = _constructor(torch.nn.Transformer)
+
+
+def _is_causal(mask: Tensor | None, hint: bool | None) -> bool:
+    """The hint, else whether mask is the causal one, bool or -inf. A stack looks once for all its layers."""
+    if hint is not None or mask is None:
+        return bool(hint)
+    S = mask.shape[-1]
+    if mask.shape != (S, S) or torch.compiler.is_compiling():
+        return False
+    later = torch.ones((S, S), dtype=torch.bool, device=mask.device).triu(1)
+    if mask.dtype is torch.bool:
+        return torch.equal(mask, later)
+    return torch.equal(mask, torch.zeros_like(mask).masked_fill_(later, float("-inf")))
+
+
+_OURS: dict[type[Module], type[Module]] = {
+    torch.nn.Dropout: Dropout,
+    torch.nn.LayerNorm: LayerNorm,
+    torch.nn.Linear: Linear,
+    torch.nn.MultiheadAttention: MultiheadAttention,
+    torch.nn.TransformerDecoder: TransformerDecoder,
+    torch.nn.TransformerDecoderLayer: TransformerDecoderLayer,
+    torch.nn.TransformerEncoder: TransformerEncoder,
+    torch.nn.TransformerEncoderLayer: TransformerEncoderLayer,
+}
