@@ -4,6 +4,7 @@ from fastlm.data.batches import IGNORE, RandomWindows, SequentialWindows
 from fastlm.data.corpus import Corpus, from_paths, standard_library
 from fastlm.data.dataset import Dataset, prepare
 from fastlm.data.files import atomic_file, atomic_folder, recover_folder
+from fastlm.data.labelled import ClassifiedText, LabelledBatches, TaggedText
 from fastlm.data.masking import MaskedText, prepare_masked
 from fastlm.data.shards import Shard, open_shard, write_shard
 from fastlm.data.tokenizer import (
@@ -21,12 +22,15 @@ __all__ = [
     "BPETokenizer",
     "ByteTokenizer",
     "CharTokenizer",
+    "ClassifiedText",
     "Corpus",
     "Dataset",
+    "LabelledBatches",
     "MaskedText",
     "RandomWindows",
     "SequentialWindows",
     "Shard",
+    "TaggedText",
     "Tokenizer",
     "WordTokenizer",
     "atomic_file",

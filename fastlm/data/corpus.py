@@ -50,7 +50,7 @@ def _size(documents: Sequence[str]) -> int:
     return sum(len(text.encode()) for text in documents)
 
 
-def _fingerprint(train: Sequence[str], validation: Sequence[str]) -> str:
+def fingerprint(train: Sequence[str], validation: Sequence[str]) -> str:
     digest = hashlib.sha256()
     for side in (train, validation):
         for text in side:
@@ -60,7 +60,7 @@ def _fingerprint(train: Sequence[str], validation: Sequence[str]) -> str:
     return digest.hexdigest()
 
 
-def _share(text: str) -> float:
+def share(text: str) -> float:
     """A number in [0, 1) that depends on nothing but the document."""
     return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big") / 2**64
 
@@ -68,12 +68,12 @@ def _share(text: str) -> float:
 def _split(documents: Iterable[str], source: str, licence: str) -> Corpus:
     """By the hash of each document; of equal documents only the first is kept."""
     unique = list(dict.fromkeys(documents))
-    validation = [text for text in unique if _share(text) < VALIDATION_SHARE]
+    validation = [text for text in unique if share(text) < VALIDATION_SHARE]
     if not validation:  # few files: the one with the smallest hash
-        validation = [min(unique, key=_share)]
+        validation = [min(unique, key=share)]
     held_out = set(validation)
     train = [text for text in unique if text not in held_out]
-    return Corpus(tuple(train), tuple(validation), source, licence, _fingerprint(train, validation))
+    return Corpus(tuple(train), tuple(validation), source, licence, fingerprint(train, validation))
 
 
 def standard_library(megabytes: float | None = None) -> Corpus:
@@ -147,7 +147,7 @@ def from_paths(
     source = ", ".join(str(path) for path in paths)
     if validation:
         train, held_out = tuple(dict.fromkeys(documents)), tuple(dict.fromkeys(_read(validation)))
-        return Corpus(train, held_out, source, licence, _fingerprint(train, held_out))
+        return Corpus(train, held_out, source, licence, fingerprint(train, held_out))
     if len(set(documents)) > 1:
         return _split(documents, source, licence)
     text = documents[0]
@@ -155,7 +155,7 @@ def from_paths(
     head, tail = text[:cut], text[cut:]
     if not head or not tail:
         raise ValueError(f"data: {source} has {len(text)} characters, too few to keep a tenth for validation")
-    return Corpus((head,), (tail,), source, licence, _fingerprint([head], [tail]))
+    return Corpus((head,), (tail,), source, licence, fingerprint([head], [tail]))
 
 
 def _read(paths: Sequence[str | Path]) -> list[str]:
