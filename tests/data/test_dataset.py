@@ -35,8 +35,8 @@ def test_kinds(tmp_path: Path, kind: str) -> None:
 
 
 def test_errors(dataset: Dataset, tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="one of bpe, char, byte, got 'word'"):
-        prepare(from_paths([tmp_path / "t.txt"]), tmp_path / "other", "word")
+    with pytest.raises(ValueError, match="one of bpe, word, char, byte, got 'letters'"):
+        prepare(from_paths([tmp_path / "t.txt"]), tmp_path / "other", "letters")
     with pytest.raises(FileNotFoundError, match="is not a data folder"):
         Dataset.open(tmp_path)
     other = ByteTokenizer()
