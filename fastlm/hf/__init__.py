@@ -76,6 +76,17 @@ def disable(model: nn.Module) -> None:
     _undo(inner, parts)
 
 
+def register() -> None:
+    """Makes attn_implementation="fastlm" known to transformers, for from_pretrained() and set_attn_implementation().
+
+    enable() does so itself. Only attention is then fastlm's, in every model that asks for it.
+
+    Raises:
+        ImportError: transformers is not installed.
+    """
+    _part("attention")
+
+
 def _part(name: str) -> Any:
     return importlib.import_module(f"fastlm.hf.{name}")
 
