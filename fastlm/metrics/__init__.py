@@ -1,6 +1,20 @@
-"""Figures that say how well a language model predicts, and the baseline they are held against."""
+"""Figures that say how well a model predicts, and the baselines they are held against."""
 
 from fastlm.metrics.bigram import bigram_bits_per_byte
+from fastlm.metrics.classification import ClassScores, accuracy, class_scores, confusion, macro_f1, majority_accuracy
 from fastlm.metrics.likelihood import bits_per_byte, perplexity
+from fastlm.metrics.spans import span_scores, spans
 
-__all__ = ["bigram_bits_per_byte", "bits_per_byte", "perplexity"]
+__all__ = [
+    "ClassScores",
+    "accuracy",
+    "bigram_bits_per_byte",
+    "bits_per_byte",
+    "class_scores",
+    "confusion",
+    "macro_f1",
+    "majority_accuracy",
+    "perplexity",
+    "span_scores",
+    "spans",
+]
