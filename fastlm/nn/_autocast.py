@@ -12,7 +12,8 @@ from fastlm._shadow import find
 
 def autocast_dtype(device: torch.device) -> torch.dtype | None:
     """The dtype matrix products run in on this device, or None outside autocast."""
-    if not torch.is_autocast_enabled(device.type):
+    # Of the meta device, where models tell their shapes, torch.is_autocast_enabled knows nothing, and raises.
+    if device.type == "meta" or not torch.is_autocast_enabled(device.type):
         return None
     return torch.get_autocast_dtype(device.type)
 

@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.overrides import handle_torch_function, has_torch_function_variadic
 
 from fastlm import ops
+from fastlm.nn._autocast import autocast_dtype
 
 
 def fits(input: Tensor, target: Tensor, weight: Tensor | None, label_smoothing: float) -> bool:
@@ -31,13 +32,13 @@ def fits(input: Tensor, target: Tensor, weight: Tensor | None, label_smoothing: 
         return False
     if weight is None:
         return True
-    same = weight.dtype is input.dtype or torch.is_autocast_enabled(input.device.type)
+    same = weight.dtype is input.dtype or autocast_dtype(input.device) is not None
     return same and weight.shape == (classes,) and weight.device == input.device and not weight.requires_grad
 
 
 def like_torch(loss: Tensor, dtype: torch.dtype) -> Tensor:
     """The float32 loss in the dtype torch returns: the logits', and float32 under autocast."""
-    return loss if torch.is_autocast_enabled(loss.device.type) else loss.to(dtype)
+    return loss.to(dtype) if autocast_dtype(loss.device) is None else loss
 
 
 def cross_entropy(
@@ -163,7 +164,7 @@ def linear_cross_entropy(
         raise RuntimeError("ignore_index must be None when target holds class probabilities")
     ignored = -100 if ignore_index is None else ignore_index
 
-    autocast = torch.is_autocast_enabled(input.device.type)
+    autocast = autocast_dtype(input.device) is not None
     alike = autocast or (
         linear_weight.dtype is input.dtype and (linear_bias is None or linear_bias.dtype is input.dtype)
     )
@@ -180,6 +181,7 @@ def linear_cross_entropy(
         and weight_fits
         and alike
         and len(devices) == 1
+        and not input.is_meta
         and input.is_floating_point()
         and 0.0 <= label_smoothing <= 1.0
         and reduction in ("none", "mean", "sum")

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from fastlm import optim
 from fastlm._shadow import find
+from fastlm.nn import functional as F
 from fastlm.nn._autocast import lower, lower_values
 from tests.ops.harness import BACKENDS, on
 
@@ -150,3 +151,12 @@ def test_16_bit_parameters_have_none() -> None:
     optimizer.step()
     assert torch.equal(lower(params[1], torch.float16), params[1].half())  # type: ignore[arg-type]
     assert lower(params[0], BF16) is params[0]
+
+
+def test_models_tell_their_shapes_on_the_meta_device() -> None:
+    """torch.is_autocast_enabled raises there."""
+    x, weight = torch.zeros(6, 8, device="meta"), torch.zeros(5, 8, device="meta")
+    targets = torch.zeros(6, dtype=torch.int64, device="meta")
+    assert F.linear(x, weight).shape == (6, 5)
+    assert F.cross_entropy(x, targets).shape == () and F.linear_cross_entropy(x, weight, targets).shape == ()
+    assert F.scaled_dot_product_attention(x, x, x).shape == (6, 8)
