@@ -8,7 +8,9 @@ from fastlm._dispatch import UnsupportedError, use_backend
 from fastlm._malloc import tune_malloc
 from fastlm._version import __version__
 from fastlm.native import release_workspace
+from fastlm.patching import patch, unpatch
 
 __all__ = [
-    "UnsupportedError", "__version__", "nn", "ops", "optim", "release_workspace", "tune_malloc", "use_backend",
+    "UnsupportedError", "__version__", "nn", "ops", "optim", "patch", "release_workspace", "tune_malloc", "unpatch",
+    "use_backend",
 ]  # fmt: skip

@@ -8,10 +8,9 @@ from typing import Any
 
 from torch import nn
 
-from fastlm.patching import STATE, Report, restore
+from fastlm.patching import ENABLED, Report, restore
 
 PARTS = ("norm", "mlp", "rope", "attention", "loss")
-_ENABLED = f"{STATE}enabled"
 
 
 def enable(
@@ -46,8 +45,8 @@ def enable(
     wanted = {"attention": attention, "norm": norm, "mlp": mlp, "rope": rope, "loss": loss}
     parts = [part for part in PARTS if wanted[part]]
     inner = _pretrained(model)
-    if _ENABLED in inner.__dict__:
-        enabled = ", ".join(inner.__dict__[_ENABLED])
+    if ENABLED in inner.__dict__:
+        enabled = ", ".join(inner.__dict__[ENABLED])
         raise ValueError(f"model is enabled already, with {enabled}: call fastlm.hf.disable first")
     report = Report(type(inner).__name__)
     try:
@@ -58,7 +57,7 @@ def enable(
     except BaseException:
         _undo(inner, parts)
         raise
-    inner.__dict__[_ENABLED] = parts
+    inner.__dict__[ENABLED] = parts
     print(report)
     return report
 
@@ -70,7 +69,7 @@ def disable(model: nn.Module) -> None:
         ValueError: the model is not enabled.
     """
     inner = _pretrained(model)
-    parts = inner.__dict__.pop(_ENABLED, None)
+    parts = inner.__dict__.pop(ENABLED, None)
     if parts is None:
         raise ValueError("model is not enabled: there is nothing to undo")
     _undo(inner, parts)

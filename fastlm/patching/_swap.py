@@ -14,6 +14,8 @@ from torch import nn
 
 STATE = "_fastlm_"
 """Attributes that a derived forward keeps on its module begin so; restore() removes them."""
+ENABLED = f"{STATE}enabled"
+"""What fastlm.hf.enable leaves on its model."""
 
 
 @cache
@@ -57,12 +59,29 @@ def swapped(module: nn.Module) -> type | None:
     return None if pair is None else pair[1]
 
 
+def own(kind: type) -> type:
+    """The class that a module of this class had before swap()."""
+    pair = vars(kind).get("_fastlm_swapped")
+    return kind if pair is None else own(pair[0])
+
+
 def restore(module: nn.Module) -> bool:
     """Undoes swap(); False where there was none."""
-    pair = getattr(type(module), "_fastlm_swapped", None)
-    if pair is None:
+    if swapped(module) is None:
         return False
-    module.__class__ = pair[0]
+    module.__class__ = _beneath(type(module))
     for name in [name for name in module.__dict__ if name.startswith(STATE)]:
         delattr(module, name)
     return True
+
+
+def _beneath(kind: type) -> type:
+    """The class without the layer. Others change classes too: a class that torch.nn.utils.parametrize or fully_shard
+    has put above ours in the meantime is made again, above the original."""
+    pair = vars(kind).get("_fastlm_swapped")
+    if pair is not None:
+        original: type = pair[0]
+        return original
+    bases = tuple(_beneath(base) if hasattr(base, "_fastlm_swapped") else base for base in kind.__bases__)
+    names = {name: value for name, value in vars(kind).items() if name not in ("__dict__", "__weakref__")}
+    return type(kind)(kind.__name__, bases, names)
