@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import nn
 
-from fastlm.patching import ENABLED, Report, restore
+from fastlm.patching import ENABLED, Report, restore, swapped
 
 PARTS = ("norm", "mlp", "rope", "attention", "loss")
 
@@ -39,7 +39,7 @@ def enable(
     Raises:
         ImportError: transformers is not installed, or a version this was not tested with.
         TypeError: model is no transformers model.
-        ValueError: the model is enabled already, or there is nothing in it to replace.
+        ValueError: the model is enabled or patched already, or there is nothing in it to replace.
         The model is then as it was.
     """
     wanted = {"attention": attention, "norm": norm, "mlp": mlp, "rope": rope, "loss": loss}
@@ -48,6 +48,8 @@ def enable(
     if ENABLED in inner.__dict__:
         enabled = ", ".join(inner.__dict__[ENABLED])
         raise ValueError(f"model is enabled already, with {enabled}: call fastlm.hf.disable first")
+    if any(swapped(module) is not None for module in inner.modules()):
+        raise ValueError("model is patched by fastlm.patch: call fastlm.unpatch first")
     report = Report(type(inner).__name__)
     try:
         for part in parts:

@@ -14,6 +14,7 @@ from torch.nn import functional as F
 from torch.nn.modules.module import _has_any_global_hook
 
 from fastlm import ops
+from fastlm.nn._modules import unheard
 from fastlm.patching._swap import STATE, own
 
 PLAN = f"{STATE}plan"
@@ -68,7 +69,7 @@ class Plan(NamedTuple):
             return False
         for name, kind, settings in self.silent:
             child = module._modules.get(name)
-            if child is None or own(type(child)) is not kind or _listened(child) or not _unchanged(child, settings):
+            if child is None or own(type(child)) is not kind or not unheard(child) or not _unchanged(child, settings):
                 return False
         return True
 
@@ -265,13 +266,6 @@ def _halved(node: fx.Node) -> Any:
 def _weightless(module: nn.Module) -> bool:
     """An activation, dropout: nothing in it."""
     return not (module._modules or module._parameters or module._buffers)
-
-
-def _listened(module: nn.Module) -> bool:
-    return bool(
-        module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
-        or "forward" in module.__dict__
-    )  # fmt: skip
 
 
 def _settings(module: nn.Module) -> tuple[tuple[str, Any], ...]:

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrizations, parametrize
 
 import fastlm
+import fastlm.hf
 from fastlm.patching import _patch, swap
 from tests.patching.test_patch import identity, run
 from tests.patching.zoo import MODELS, build
@@ -219,3 +220,21 @@ def test_torchscript() -> None:
     assert reasons(nn.Sequential(scripted, nn.RMSNorm(4))) == {"0.1": "it is compiled by TorchScript"}
     with pytest.raises(ValueError, match="compiled by TorchScript"):
         fastlm.patch(scripted)
+
+
+def test_transformers_models_are_patched_or_enabled() -> None:
+    pytest.importorskip("transformers")
+    from tests.hf import zoo
+
+    model = zoo.build("gpt2").eval()
+    tokens = torch.randint(32, (2, 8))
+    stock = model(tokens, labels=tokens)
+    assert {entry.kind for entry in fastlm.patch(model).replaced} >= {"LayerNorm"}
+    found = model(tokens, labels=tokens)
+    torch.testing.assert_close(found.logits, stock.logits, rtol=1e-5, atol=1e-6)
+    with pytest.raises(ValueError, match=r"call fastlm\.unpatch first"):
+        fastlm.hf.enable(model)
+    fastlm.unpatch(model)
+    fastlm.hf.enable(model, attention=False, norm=False, mlp=False, rope=False)
+    with pytest.raises(ValueError, match=r"call fastlm\.hf\.disable first"):
+        fastlm.patch(model)
