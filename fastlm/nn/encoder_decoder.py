@@ -20,7 +20,7 @@ from torch.nn import Module
 from torch.nn.modules.module import _has_any_global_hook
 
 from fastlm.nn import functional as F
-from fastlm.nn._modules import runs
+from fastlm.nn._modules import runs, unheard
 from fastlm.nn.activation import GELU
 from fastlm.nn.dropout import Dropout
 from fastlm.nn.linear import Linear
@@ -144,9 +144,21 @@ class TransformerEncoderLayer(torch.nn.TransformerEncoderLayer):
         def attend(x: Tensor) -> Tensor:
             return _attend(self.self_attn, x, x, src_mask, src_key_padding_mask, is_causal)
 
+        return self._run(src, attend)
+
+    def _run(self, x: Tensor, attend: Callable[[Tensor], Tensor]) -> Tensor:
         feed_forward = functools.partial(_feed_forward, self)
         branches = (attend, self.norm1, self.dropout1), (feed_forward, self.norm2, self.dropout2)
-        return _residual(src, branches, self.norm_first)
+        return _residual(x, branches, self.norm_first)
+
+    def _packs(self) -> bool:
+        """Whether _run() may be called in place of the layer, on the real positions of a batch alone."""
+        attention = self.self_attn
+        return (
+            isinstance(attention, MultiheadAttention) and runs(attention, MultiheadAttention) and attention.plain()
+            and runs(self, TransformerEncoderLayer) and all(map(unheard, self.modules())) and not _has_any_global_hook()
+            and _keeps(self, torch.nn.TransformerEncoderLayer, "_sa_block", "_ff_block")
+        )  # fmt: skip
 
 
 class TransformerDecoderLayer(torch.nn.TransformerDecoderLayer):
@@ -209,17 +221,31 @@ class TransformerEncoder(torch.nn.TransformerEncoder):
         """As torch's; is_causal None looks whether mask is the causal one, but not under torch.compile."""
         if src.is_nested or not all(isinstance(layer, TransformerEncoderLayer) for layer in self.layers):
             return super().forward(src, mask, src_key_padding_mask, is_causal)
-        is_causal = _is_causal(mask, is_causal)
-        x = src
-        for layer in self.layers:
-            x = layer(x, src_mask=mask, is_causal=is_causal, src_key_padding_mask=src_key_padding_mask)
-        if self._drops_padding(src, mask, src_key_padding_mask):
-            x = x.masked_fill(src_key_padding_mask.unsqueeze(-1), 0.0)  # type: ignore[union-attr]
+        drops = self._drops_padding(src, mask, src_key_padding_mask)
+        if drops and all(layer._packs() for layer in self.layers):
+            x = self._packed(src, ~src_key_padding_mask)  # type: ignore[operator]
+        else:
+            x, is_causal = src, _is_causal(mask, is_causal)
+            for layer in self.layers:
+                x = layer(x, src_mask=mask, is_causal=is_causal, src_key_padding_mask=src_key_padding_mask)
+            if drops:
+                x = x.masked_fill(src_key_padding_mask.unsqueeze(-1), 0.0)  # type: ignore[union-attr]
         return x if self.norm is None else self.norm(x)
+
+    def _packed(self, src: Tensor, real: Tensor) -> Tensor:
+        """The layers over the real positions of src (B, S, E), one sequence behind the other; zeros elsewhere."""
+        lengths = real.sum(1)
+        cu_seqlens = torch.nn.functional.pad(lengths.cumsum(0), (1, 0)).int()
+        longest, x = int(lengths.max()), src[real]  # (positions, E)
+        for layer in self.layers:
+            x = layer._run(x, functools.partial(layer.self_attn.packed, cu_seqlens=cu_seqlens, longest=longest))
+        out = torch.zeros_like(src)
+        out[real] = x
+        return out
 
     def _drops_padding(self, src: Tensor, mask: Tensor | None, padding: Tensor | None) -> bool:
         """Whether torch would make a nested tensor of src: its conditions."""
-        if padding is None or mask is not None or padding.dtype is not torch.bool or src.dim() != 3:
+        if padding is None or mask is not None or padding.dtype is not torch.bool or src.dim() != 3 or not src.numel():
             return False
         first = self.layers[0]
         if first.training or not self.use_nested_tensor or not torch.backends.mha.get_fastpath_enabled():

@@ -63,6 +63,19 @@ class MultiheadAttention(torch.nn.MultiheadAttention):
             out = out.transpose(0, 1)
         return F.linear(out, self.out_proj.weight, self.out_proj.bias), None
 
+    def packed(self, x: Tensor, cu_seqlens: Tensor, longest: int) -> Tensor:
+        """Self-attention of sequences one behind the other: x (positions, E), cu_seqlens (B + 1,) int32 from where to
+        where each goes."""
+        q, k, v = (t.unflatten(-1, (self.num_heads, -1)) for t in self._project(x, x, x))  # (positions, H, D)
+        dropout = self.dropout if self.training else 0.0
+        out = ops.attention_varlen(q, k, v, cu_seqlens, max_seqlen_q=longest, dropout=dropout)
+        return F.linear(out.flatten(1), self.out_proj.weight, self.out_proj.bias)
+
+    def plain(self) -> bool:
+        """Whether it attends to nothing but what it is given, and drops less than everything."""
+        added = self.bias_k is not None or self.bias_v is not None or self.add_zero_attn
+        return not added and not (self.training and self.dropout == 1.0)
+
     def _fits(
         self,
         query: Tensor,
@@ -73,9 +86,7 @@ class MultiheadAttention(torch.nn.MultiheadAttention):
         is_causal: bool,
     ) -> bool:
         """Whether our path takes the call; where not, torch's does, or says what is wrong."""
-        if self.bias_k is not None or self.bias_v is not None or self.add_zero_attn:
-            return False
-        if self.training and self.dropout == 1.0:
+        if not self.plain():
             return False
         inputs = (query, key, value)
         dims = query.dim()
@@ -129,7 +140,7 @@ def _merge_masks(attn_mask: Tensor | None, padding: Tensor | None, B: int, H: in
     if attn_mask is not None and attn_mask.dim() == 3:  # (B * H, S, T)
         attn_mask = attn_mask.unflatten(0, (B, H))
     if padding is not None:
-        padding = padding.view(B, 1, 1, -1)
+        padding = padding.view(B, 1, 1, padding.shape[-1])
     masks = [mask for mask in (attn_mask, padding) if mask is not None]
     if not masks:
         return None

@@ -40,7 +40,7 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> dict[str, int]:
 
         monkeypatch.setattr(ops, name, spy)
 
-    for name in ("attention", "add_layer_norm", "gelu", "dropout", "dropout_add"):
+    for name in ("attention", "attention_varlen", "add_layer_norm", "gelu", "dropout", "dropout_add"):
         count(name)
     return counts
 
@@ -362,16 +362,52 @@ def test_encoder(mask: Tensor | None, padding: Tensor | None, mode: str) -> None
 
 
 @pytest.mark.parametrize("norm", [True, False], ids=["norm", "no-norm"])
-def test_padded_positions_in_evaluation(norm: bool) -> None:
+@pytest.mark.parametrize("norm_first", [True, False], ids=["pre", "post"])
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors", "ignore:enable_nested_tensor")
+def test_padded_positions_in_evaluation(norm: bool, norm_first: bool, calls: dict[str, int]) -> None:
     """Zeros before the final norm, as from torch's nested tensors; with a gradient their values, as in training."""
-    ours, theirs = (stack.eval() for stack in stacks(norm))
+    ours, theirs = (stack.eval() for stack in stacks(norm, norm_first=norm_first))
+    x = batch(S)
+    with torch.no_grad():
+        found, expected = ours(x, src_key_padding_mask=PADDING), theirs(x, src_key_padding_mask=PADDING)
+        close(found, expected)
+        if norm_first:  # torch makes no nested tensor of it
+            assert calls.keys() == {"attention", "add_layer_norm"}
+            return
+        assert calls == {"attention_varlen": 2, "add_layer_norm": 4}
+        assert torch.equal(found[PADDING], (ours.norm.bias if norm else torch.zeros(E)).expand(int(PADDING.sum()), E))
+        ours.layers[1].norm1.register_forward_hook(lambda module, args, out: seen.append(out.shape))
+        seen: list[Any] = []
+        close(ours(x, src_key_padding_mask=PADDING), found)
+        assert seen == [(B, S, E)]  # who listens gets what they would get in training
+        left = PADDING.flip(1)
+        close(ours(x, src_key_padding_mask=left), theirs(x, src_key_padding_mask=left))
+        ours.mask_check = False  # torch would take the first positions for the real ones
+        assert (ours(x, src_key_padding_mask=left)[left] == (ours.norm.bias if norm else 0)).all()
+    close(ours(x, src_key_padding_mask=PADDING).detach(), theirs(x, src_key_padding_mask=PADDING).detach())
+
+
+def test_batches_of_padding_alone_and_of_nothing(calls: dict[str, int]) -> None:
+    ours = stacks(norm=False)[0].eval()
+    with torch.no_grad():
+        for shape in ((2, 3), (0, 3), (2, 0)):
+            out = ours(torch.randn(*shape, E), src_key_padding_mask=torch.ones(shape, dtype=torch.bool))
+            assert torch.equal(out, torch.zeros(*shape, E))
+    assert calls["attention_varlen"] == 2
+
+
+def test_an_instance_of_torchs_stack_runs_ours(calls: dict[str, int]) -> None:
+    _, theirs = (stack.eval() for stack in stacks())
     x = batch(S)
     with torch.no_grad(), warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        found, expected = ours(x, src_key_padding_mask=PADDING), theirs(x, src_key_padding_mask=PADDING)
-    close(found, expected)
-    assert torch.equal(found[PADDING], (ours.norm.bias if norm else torch.zeros(E)).expand(int(PADDING.sum()), E))
-    close(ours(x, src_key_padding_mask=PADDING).detach(), theirs(x, src_key_padding_mask=PADDING).detach())
+        stock = theirs(x, src_key_padding_mask=PADDING)
+        for module in theirs.modules():
+            kind = getattr(nn, type(module).__name__, type(module))
+            if kind is not type(module):
+                patching.swap(module, kind)
+        close(theirs(x, src_key_padding_mask=PADDING), stock)
+    assert calls == {"attention_varlen": 2, "add_layer_norm": 4}
 
 
 def test_a_causal_mask_is_recognised_once_for_all_layers(monkeypatch: pytest.MonkeyPatch) -> None:
