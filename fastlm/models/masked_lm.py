@@ -104,6 +104,8 @@ class MaskedLMConfig:
 class MaskedLMOutput(NamedTuple):
     loss: Tensor | None
     logits: Tensor | None
+    attention: list[Tensor] | None = None
+    """A layer's weights (B, H, S, S) each, where they were asked for."""
 
 
 class _Transform(nn.Module):
@@ -168,6 +170,7 @@ class MaskedLM(nn.Module):
         segments: Tensor | None = None,
         *,
         reduction: str = "mean",
+        return_attention: bool = False,
     ) -> MaskedLMOutput:
         """Loss where there are targets; logits where there are none, and with the heads classify and tag always.
 
@@ -179,9 +182,11 @@ class MaskedLM(nn.Module):
             segments: (B, S) int64 below config.segments; None: all are 0.
             reduction: "mean" over the targets that take part (weighted where there are class_weights, as
                 torch.nn.CrossEntropyLoss), "sum", or "none" (a loss for each target, 0 where it takes no part).
+            return_attention: also the attention weights of every layer, O(S^2) of memory, with a warning.
 
         Returns:
-            MaskedLMOutput(loss, logits): logits (B, S, V) for mlm, (B, K) for classify, (B, S, K) for tag.
+            MaskedLMOutput(loss, logits): logits (B, S, V) for mlm, (B, K) for classify, (B, S, K) for tag; and
+            attention where asked for.
 
         Raises:
             TypeError, ValueError: a tensor has another dtype or shape, or lies outside the vocabulary.
@@ -190,26 +195,33 @@ class MaskedLM(nn.Module):
         if targets is not None:
             check_tokens(tokens, c.context, c.vocab_size)
             check_targets(targets, tokens.shape[:1] if c.head == "classify" else tokens.shape)
-        x = self.encode(tokens, mask, segments)  # (B, S, C)
+        maps: list[Tensor] | None = [] if return_attention else None
+        x = self.encode(tokens, mask, segments, maps)  # (B, S, C)
         if self.head is None:
             assert self.transform is not None and self.bias is not None
             if targets is None:
-                return MaskedLMOutput(None, nn.functional.linear(self.transform(x), self.embed.weight, self.bias))
-            return MaskedLMOutput(self._masked_loss(x, targets, reduction), None)
+                return MaskedLMOutput(None, nn.functional.linear(self.transform(x), self.embed.weight, self.bias), maps)
+            return MaskedLMOutput(self._masked_loss(x, targets, reduction), None, maps)
         p = self.dropout.p if self.dropout.training else 0.0
         if self.pooler is not None:
             x = torch.tanh(self.pooler(x[:, 0]))  # (B, C)
         logits = self.head(dropped(x, p))
         if targets is None:
-            return MaskedLMOutput(None, logits)
+            return MaskedLMOutput(None, logits, maps)
         weights = None if c.class_weights is None else torch.tensor(c.class_weights, device=x.device)
         loss = ops.cross_entropy(
             logits.flatten(0, -2), targets.flatten(), weight=weights, ignore_index=IGNORE, reduction=reduction
         )
-        return MaskedLMOutput(loss, logits)
+        return MaskedLMOutput(loss, logits, maps)
 
-    def encode(self, tokens: Tensor, mask: Tensor | None = None, segments: Tensor | None = None) -> Tensor:
-        """The encoder's last states, (B, S, C); arguments as forward()."""
+    def encode(
+        self,
+        tokens: Tensor,
+        mask: Tensor | None = None,
+        segments: Tensor | None = None,
+        maps: list[Tensor] | None = None,
+    ) -> Tensor:
+        """The encoder's last states, (B, S, C); arguments as forward(); maps is appended each layer's attention."""
         c = self.config
         check_tokens(tokens, c.context, c.vocab_size)
         check_mask(mask, tokens)
@@ -225,6 +237,8 @@ class MaskedLM(nn.Module):
             added = added + self.segments.weight[0]
         x = dropped(self.norm(self.embed(tokens) + added), self.dropout.p if self.dropout.training else 0.0)
         for block in self.blocks:
+            if maps is not None:
+                maps.append(cast(EncoderBlock, block).attention.maps(x, mask=mask))
             x = block(x, mask)
         return x
 

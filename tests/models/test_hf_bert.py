@@ -91,6 +91,20 @@ def test_activations(activation: str) -> None:
     agree(MaskedLM.from_hf(theirs), theirs, gradients=False)
 
 
+def test_attention_maps_on_request() -> None:
+    theirs = bert("BertForMaskedLM", attn_implementation="eager")
+    ours = MaskedLM.from_hf(theirs).eval()
+    with pytest.warns(UserWarning, match=r"attention maps are O\(S\^2\): .* 3 x 4 x 12 x 12 weights"):
+        loss, logits, maps = ours(TOKENS, mask=MASK, return_attention=True)
+    assert loss is None and torch.equal(logits, ours(TOKENS, mask=MASK).logits) and len(maps) == 2
+    for mine, expected in zip(maps, theirs(TOKENS, MASK.long(), output_attentions=True).attentions, strict=True):
+        same(mine.transpose(1, 2)[MASK], expected.transpose(1, 2)[MASK])
+        assert (mine.transpose(1, 3)[~MASK] == 0).all(), "nobody sees padding"
+    with pytest.warns(UserWarning, match="attention maps"):
+        trained = ours(TOKENS, TOKENS, MASK, return_attention=True)
+    assert trained.loss is not None and len(trained.attention) == 2
+
+
 def test_our_own_model_opens_in_transformers(tmp_path: Path) -> None:
     """Without segments too, which BERT cannot do without: they are written as zeros. Labels keep their names."""
     import transformers
