@@ -6,6 +6,7 @@ from fastlm.data.dataset import Dataset, prepare
 from fastlm.data.files import atomic_file, atomic_folder, recover_folder
 from fastlm.data.labelled import ClassifiedText, LabelledBatches, TaggedText
 from fastlm.data.masking import MaskedText, prepare_masked
+from fastlm.data.parallel import ParallelText, pad_sources, read_pairs, target_texts
 from fastlm.data.shards import Shard, open_shard, write_shard
 from fastlm.data.tokenizer import (
     BPETokenizer,
@@ -27,6 +28,7 @@ __all__ = [
     "Dataset",
     "LabelledBatches",
     "MaskedText",
+    "ParallelText",
     "RandomWindows",
     "SequentialWindows",
     "Shard",
@@ -39,9 +41,12 @@ __all__ = [
     "load_tokenizer",
     "make_tokenizer",
     "open_shard",
+    "pad_sources",
     "prepare",
     "prepare_masked",
+    "read_pairs",
     "recover_folder",
     "standard_library",
+    "target_texts",
     "write_shard",
 ]

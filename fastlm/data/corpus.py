@@ -10,9 +10,12 @@ import hashlib
 import platform
 import sysconfig
 import tokenize
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TypeVar
+
+Row = TypeVar("Row")
 
 VALIDATION_SHARE = 0.1
 SUFFIXES = (".txt", ".md", ".rst", ".py", ".c", ".h", ".cpp", ".json", ".csv", ".html", ".tex")
@@ -63,6 +66,22 @@ def fingerprint(train: Sequence[str], validation: Sequence[str]) -> str:
 def share(text: str) -> float:
     """A number in [0, 1) that depends on nothing but the document."""
     return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big") / 2**64
+
+
+def hold_out(rows: Sequence[Row], text: Callable[[Row], str], source: str) -> tuple[list[Row], list[Row]]:
+    """Rows to train on and rows to validate: these about a tenth, at least one, picked by the hash of each row's text,
+    so that equal texts stand on one side.
+
+    Raises:
+        ValueError: nothing would be left to train on; names the source.
+    """
+    shares = [share(text(row)) for row in rows]
+    least = min(shares, default=0.0)
+    chosen = [s < VALIDATION_SHARE or s == least for s in shares]
+    if all(chosen):
+        raise ValueError(f"{source} has {len(rows)} examples, too few to keep some to validate on")
+    train = [row for row, out in zip(rows, chosen, strict=True) if not out]
+    return train, [row for row, out in zip(rows, chosen, strict=True) if out]
 
 
 def _split(documents: Iterable[str], source: str, licence: str) -> Corpus:

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from fastlm.data.batches import IGNORE
-from fastlm.data.corpus import VALIDATION_SHARE, fingerprint, share
+from fastlm.data.corpus import fingerprint, hold_out
 from fastlm.data.dataset import read_info, write_info
 from fastlm.data.rows import BucketedRows, Rows, SortedRows, open_rows, pad_rows, real_positions, write_rows
 from fastlm.data.shards import open_shard, write_shard
@@ -139,7 +139,7 @@ class LabelledText:
         if len(labels) < 2:
             raise ValueError(f"{', '.join(map(str, paths))} must have at least two labels, got {', '.join(labels)}")
         if validation is None:
-            train, held_out = _split(examples, paths)
+            train, held_out = hold_out(examples, lambda example: example.text, ", ".join(map(str, paths)))
         else:
             train, held_out = examples, cls._read(Path(validation), labels)
             if not held_out:
@@ -240,16 +240,3 @@ class LabelledBatches:
             tags = (self._tags[i][:most].astype(np.int64) for i in chosen)
             targets = pad_rows([[IGNORE, *np.where(t == self._none, IGNORE, t).tolist(), IGNORE] for t in tags], IGNORE)
         return {"tokens": pad_rows(rows, self._pad), "mask": real_positions(rows), "targets": targets}
-
-
-def _split(examples: list[Example], paths: Sequence[str | Path]) -> tuple[list[Example], list[Example]]:
-    """By the hash of each text."""
-    shares = [share(example.text) for example in examples]
-    limit = max(VALIDATION_SHARE, min(shares, default=0.0) + 2**-60)  # of few examples at least one
-    train = [example for example, s in zip(examples, shares, strict=True) if s >= limit]
-    held_out = [example for example, s in zip(examples, shares, strict=True) if s < limit]
-    if not train:
-        raise ValueError(
-            f"{', '.join(map(str, paths))} has {len(examples)} examples, too few to keep some to validate on"
-        )
-    return train, held_out

@@ -5,7 +5,6 @@ from __future__ import annotations
 import platform
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import zip_longest
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -143,30 +142,29 @@ class ParallelText:
         if validation:
             held_out = read_pairs(validation)
         else:
-            chosen = hold_out([source for source, _ in train], ", ".join(map(str, paths)))
-            held_out = [pair for pair, out in zip(train, chosen, strict=True) if out]
-            train = [pair for pair, out in zip(train, chosen, strict=True) if not out]
-        sources, targets = ([[pair[side] for pair in part] for part in (train, held_out)] for side in (0, 1))
+            train, held_out = hold_out(train, lambda pair: pair[0], ", ".join(map(str, paths)))
         joint = source_tokenizer is None
-        learnt = [a + b for a, b in zip(sources, targets, strict=True)] if joint else targets
-        made = make_tokenizer(tokenizer, *learnt, vocab_size, PAIR_SPECIALS)
+        sides = (0, 1) if joint else (1,)
+        made = make_tokenizer(tokenizer, _texts(train, *sides), _texts(held_out, *sides), vocab_size, PAIR_SPECIALS)
         source_made = made
         if source_tokenizer is not None:
-            source_made = make_tokenizer(source_tokenizer, *sources, vocab_size, PAIR_SPECIALS)
+            source_made = make_tokenizer(
+                source_tokenizer, _texts(train, 0), _texts(held_out, 0), vocab_size, PAIR_SPECIALS
+            )
             source_made.save(folder / SOURCE)
         made.save(folder)
         info = {
             "task": "seq2seq", "source": ", ".join(map(str, paths)),
-            "sha256": fingerprint(*(["\t".join(pair) for pair in part] for part in (train, held_out))),
+            "sha256": fingerprint(_lines(train), _lines(held_out)),
             "python": platform.python_version(), "tokenizer": made.kind, "vocab_size": made.vocab_size,
             "source_vocab_size": source_made.vocab_size, "joint": joint,
         }  # fmt: skip
-        for i, name in enumerate(("train", "validation")):
-            for side, texts, by in (("source", sources[i], source_made), ("target", targets[i], made)):
-                rows = list(by.encode_batch(texts))
+        for name, part in (("train", train), ("validation", held_out)):
+            for i, side, by in ((0, "source", source_made), (1, "target", made)):
+                rows = list(by.encode_batch(_texts(part, i)))
                 write_rows(folder, f"{name}.{side}", rows, by.vocab_size, by.fingerprint)
                 info[f"{name}_{side}_tokens"] = sum(map(len, rows))
-            info[f"{name}_pairs"] = len(targets[i])
+            info[f"{name}_pairs"] = len(part)
         write_info(folder, info)
         return cls.open(folder)
 
@@ -198,10 +196,10 @@ class ParallelText:
         """As validation_batches, of other files. Raises as read_pairs."""
         pairs = read_pairs(paths)
         sides = []
-        for side, by in enumerate((self.source_tokenizer, self.tokenizer)):
-            rows = list(by.encode_batch([pair[side] for pair in pairs]))
-            lengths = np.array([len(row) for row in rows])
-            sides.append(Rows(np.array([i for row in rows for i in row], dtype=np.int64), lengths))
+        for i, by in enumerate((self.source_tokenizer, self.tokenizer)):
+            rows = list(by.encode_batch(_texts(pairs, i)))
+            flat = np.array([token for row in rows for token in row], dtype=np.int64)
+            sides.append(Rows(flat, np.array([len(row) for row in rows])))
         return self._once(Pairs(*sides), batch, context)
 
     def _once(self, pairs: Pairs, batch: int, context: int) -> ParallelBatches:
@@ -243,6 +241,14 @@ class ParallelBatches:
         }
 
 
+def _lines(pairs: Sequence[tuple[str, str]]) -> list[str]:
+    return ["\t".join(pair) for pair in pairs]
+
+
+def _texts(pairs: Sequence[tuple[str, str]], *sides: int) -> list[str]:
+    return [pair[side] for side in sides for pair in pairs]
+
+
 def pad_sources(tokenizer: Tokenizer, rows: Sequence[Sequence[int]], context: int) -> dict[str, Tensor]:
     """source (B, T) int64 and source_mask (B, T) bool of encoded sources: cut, closed by [EOS], padded."""
     pad, eos = tokenizer.require(PAD, EOS)
@@ -251,7 +257,7 @@ def pad_sources(tokenizer: Tokenizer, rows: Sequence[Sequence[int]], context: in
 
 
 def target_texts(tokenizer: Tokenizer, tokens: Tensor) -> list[str]:
-    """The texts of targets (B, L), generated or of a batch: each up to its first [EOS], specials and IGNORE left out."""
+    """The texts of targets (B, L), generated or of a batch: each up to its first [EOS], without specials and IGNORE."""
     pad, bos, eos = tokenizer.require(*PAIR_SPECIALS)
     texts = []
     for row in tokens.tolist():
