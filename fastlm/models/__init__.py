@@ -2,7 +2,7 @@
 
 from fastlm.models.causal_lm import CausalLM, CausalLMConfig, CausalLMOutput
 from fastlm.models.masked_lm import MaskedLM, MaskedLMConfig, MaskedLMOutput
-from fastlm.models.seq2seq_lm import Seq2SeqLM, Seq2SeqLMConfig, Seq2SeqLMOutput
+from fastlm.models.seq2seq_lm import Seq2SeqAttention, Seq2SeqLM, Seq2SeqLMConfig, Seq2SeqLMOutput
 from fastlm.models.word_vectors import load_word_vectors
 
 __all__ = [
@@ -12,6 +12,7 @@ __all__ = [
     "MaskedLM",
     "MaskedLMConfig",
     "MaskedLMOutput",
+    "Seq2SeqAttention",
     "Seq2SeqLM",
     "Seq2SeqLMConfig",
     "Seq2SeqLMOutput",

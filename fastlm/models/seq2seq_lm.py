@@ -133,9 +133,22 @@ def _check_id(name: str, value: int | None, vocab_size: int) -> None:
         raise ValueError(f"{name} must be None or lie in 0 .. {vocab_size - 1}, got {value!r}")
 
 
+class Seq2SeqAttention(NamedTuple):
+    """A layer's weights each."""
+
+    encoder: list[Tensor]
+    """(B, H, T, T)"""
+    decoder: list[Tensor]
+    """(B, H, S, S)"""
+    cross: list[Tensor]
+    """(B, H, S, T)"""
+
+
 class Seq2SeqLMOutput(NamedTuple):
     loss: Tensor | None
     logits: Tensor | None
+    attention: Seq2SeqAttention | None = None
+    """Where it was asked for."""
 
 
 class Seq2SeqLM(nn.Module):
@@ -198,6 +211,7 @@ class Seq2SeqLM(nn.Module):
         source_mask: Tensor | None = None,
         *,
         reduction: str = "mean",
+        return_attention: bool = False,
     ) -> Seq2SeqLMOutput:
         """Loss where there are targets, else logits.
 
@@ -207,9 +221,10 @@ class Seq2SeqLM(nn.Module):
             targets: (B, S) int64, the token after each; -100 takes no part. The logits are then never held whole.
             source_mask: (B, T) bool, False for padding of the source; None: there is none.
             reduction: "mean" over the targets that take part, "sum", or "none" (B * S losses).
+            return_attention: also the attention weights of every layer, O(T^2 + S^2) of memory, with a warning.
 
         Returns:
-            Seq2SeqLMOutput(loss, None) or Seq2SeqLMOutput(None, logits (B, S, V)).
+            Seq2SeqLMOutput(loss, None) or Seq2SeqLMOutput(None, logits (B, S, V)), with attention where asked for.
 
         Raises:
             TypeError, ValueError: a tensor has another dtype or shape, or lies outside its vocabulary.
@@ -217,27 +232,31 @@ class Seq2SeqLM(nn.Module):
         check_tokens(tokens, self.config.context, self.config.vocab_size)
         if targets is not None:
             check_targets(targets, tokens.shape)
-        memory = self.encode(source, source_mask)
+        maps = Seq2SeqAttention([], [], []) if return_attention else None
+        memory = self.encode(source, source_mask, None if maps is None else maps.encoder)
         if source.shape[0] != tokens.shape[0]:
             raise ValueError(f"source must have the {tokens.shape[0]} rows of tokens, got {source.shape[0]}")
-        x = self._decode(tokens, self._keys_values(memory), source_mask)
+        x = self._decode(tokens, self._keys_values(memory), source_mask, maps=maps)
         if targets is None:
-            return Seq2SeqLMOutput(None, self._logits(x))
+            return Seq2SeqLMOutput(None, self._logits(x), maps)
         smoothing = self.config.label_smoothing if self.training else 0.0
         loss = ops.linear_cross_entropy(
             x.flatten(0, 1), self.head_weight, targets.flatten(), self.logits_bias,
             reduction=reduction, label_smoothing=smoothing,
         )  # fmt: skip
-        return Seq2SeqLMOutput(loss, None)
+        return Seq2SeqLMOutput(loss, None, maps)
 
-    def encode(self, source: Tensor, source_mask: Tensor | None = None) -> Tensor:
-        """source (B, T) -> (B, T, C), what the decoder sees of it."""
+    def encode(self, source: Tensor, source_mask: Tensor | None = None, maps: list[Tensor] | None = None) -> Tensor:
+        """source (B, T) -> (B, T, C), what the decoder sees of it; maps is appended each layer's attention."""
         c = self.config
         check_tokens(source, c.context, c.source_vocab_size or c.vocab_size, "source")
         check_mask(source_mask, source, "source_mask")
         embed = self.embed if self.source_embed is None else self.source_embed
         x = self._embedded(source, embed, self.source_positions, self.source_embed_norm)
         for block in self.encoder:
+            if maps is not None:
+                layer = cast(EncoderBlock, block)
+                maps.append(layer.attention.maps(layer.norm1(x) if layer.pre_norm else x, mask=source_mask))
             x = block(x, source_mask)
         return x if self.encoder_norm is None else self.encoder_norm(x)
 
@@ -250,12 +269,15 @@ class Seq2SeqLM(nn.Module):
         keys_values: list[tuple[Tensor, Tensor]],
         source_mask: Tensor | None,
         caches: list[KVCache] | None = None,
+        maps: Seq2SeqAttention | None = None,
     ) -> Tensor:
         """(N, S) -> (N, S, C). With caches the tokens follow those the caches hold; N as CrossAttention."""
         start = caches[0].length if caches else 0
         x = self._embedded(tokens, self.embed, self.positions, self.embed_norm, start)
         for i, block in enumerate(self.decoder):
-            x = block(x, keys_values[i], source_mask, caches[i] if caches else None)
+            x = block(
+                x, keys_values[i], source_mask, caches[i] if caches else None, maps and (maps.decoder, maps.cross)
+            )
         return x if self.decoder_norm is None else self.decoder_norm(x)
 
     def _embedded(

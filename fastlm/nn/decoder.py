@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from fastlm import ops
-from fastlm.nn.attention import KVCache, SelfAttention
+from fastlm.nn.attention import KVCache, SelfAttention, attention_maps
 from fastlm.nn.mlp import MLP
 from fastlm.nn.norm import LayerNorm, add_dropped, add_norm
 
@@ -56,11 +56,18 @@ class CrossAttention(torch.nn.Module):
             k, v: (B, H, T, D), of keys_values().
             mask: (B, T) bool, False for keys that nobody sees; None: all are seen.
         """
-        N, S, C = x.shape
-        q = self.q(x).view(k.shape[0], -1, self.heads, C // self.heads).transpose(1, 2)  # (B, H, N / B * S, D)
         seen = None if mask is None else mask[:, None, None]  # (B, 1, 1, T)
-        out = ops.attention(q, k, v, mask=seen, dropout=self.dropout if self.training else 0.0)
-        return self.out(out.transpose(1, 2).reshape(N, S, C))
+        dropout = self.dropout if self.training else 0.0
+        out = ops.attention(self._queries(x, k), k, v, mask=seen, dropout=dropout)  # (B, H, N / B * S, D)
+        return self.out(out.transpose(1, 2).reshape(x.shape))
+
+    def maps(self, x: Tensor, k: Tensor, mask: Tensor | None = None) -> Tensor:
+        """The weights (B, H, N / B * S, T) that forward() gives the values, without dropout: see attention_maps()."""
+        return attention_maps(self._queries(x, k), k, None if mask is None else mask[:, None, None])
+
+    def _queries(self, x: Tensor, k: Tensor) -> Tensor:
+        B, H, _, D = k.shape
+        return self.q(x).view(B, -1, H, D).transpose(1, 2)  # (B, H, N / B * S, D)
 
     def extra_repr(self) -> str:
         return f"heads={self.heads}, dropout={self.dropout}"
@@ -115,6 +122,7 @@ class DecoderBlock(torch.nn.Module):
         keys_values: tuple[Tensor, Tensor],
         mask: Tensor | None = None,
         cache: KVCache | None = None,
+        maps: tuple[list[Tensor], list[Tensor]] | None = None,
     ) -> Tensor:
         """x (N, S, C) -> (N, S, C).
 
@@ -122,13 +130,19 @@ class DecoderBlock(torch.nn.Module):
             keys_values: (B, H, T, D) each, self.cross.keys_values(the encoder's output); N as CrossAttention.
             mask: (B, T) bool, False for padding of the source.
             cache: earlier keys and values of the attention to itself.
+            maps: the weights of the attention to itself and to the other sequence are appended to these two.
         """
         dropout = self.dropout.p if self.dropout.training else 0.0
+        y = self.norm1(x) if self.pre_norm else x
+        if maps is not None:
+            maps[0].append(self.attention.maps(y))
+        branch = self.attention(y, cache=cache)
+        y, h = add_norm(self.norm2 if self.pre_norm else self.norm1, branch, x, dropout)  # in one pass
+        if maps is not None:
+            maps[1].append(self.cross.maps(y, keys_values[0], mask))
+        branch = self.cross(y, *keys_values, mask)
         if self.pre_norm:
-            y, x = add_norm(self.norm2, self.attention(self.norm1(x), cache=cache), x, dropout)  # in one pass
-            y, x = add_norm(self.norm3, self.cross(y, *keys_values, mask), x, dropout)
-            return add_dropped(self.mlp(y), x, dropout)
-        x, _ = add_norm(self.norm1, self.attention(x, cache=cache), x, dropout)
-        x, _ = add_norm(self.norm2, self.cross(x, *keys_values, mask), x, dropout)
-        x, _ = add_norm(self.norm3, self.mlp(x), x, dropout)
-        return x
+            y, h = add_norm(self.norm3, branch, h, dropout)
+            return add_dropped(self.mlp(y), h, dropout)
+        y, _ = add_norm(self.norm2, branch, y, dropout)
+        return add_norm(self.norm3, self.mlp(y), y, dropout)[0]

@@ -116,6 +116,23 @@ def test_folders_both_ways(family: str, tmp_path: Path) -> None:
     same_tokens(ours, back, num_beams=1)
 
 
+@pytest.mark.parametrize("family", ["bart", "mbart"])
+def test_attention_maps_on_request(family: str) -> None:
+    theirs = build(family, attn_implementation="eager")
+    ours = Seq2SeqLM.from_hf(theirs).eval()
+    with pytest.warns(UserWarning, match=r"attention maps are O\(S\^2\)"):
+        output = ours(SOURCE, TOKENS, source_mask=MASK, return_attention=True)
+    assert torch.equal(output.logits, ours(SOURCE, TOKENS, source_mask=MASK).logits)
+    expected = theirs(SOURCE, MASK.long(), decoder_input_ids=TOKENS, output_attentions=True)
+    for mine, name in zip(output.attention, ("encoder", "decoder", "cross"), strict=True):
+        for layer, want in zip(mine, getattr(expected, f"{name}_attentions"), strict=True):
+            rows = want.transpose(1, 2)[MASK] if name == "encoder" else want
+            close(layer.transpose(1, 2)[MASK] if name == "encoder" else layer, rows)
+    with pytest.warns(UserWarning, match="attention maps"):
+        trained = ours(SOURCE, TOKENS, TARGETS, MASK, return_attention=True)
+    assert trained.loss is not None and len(trained.attention.cross) == 2
+
+
 def same_tokens(ours: Seq2SeqLM, theirs: Any, num_beams: int, **options: Any) -> int:
     """Generates with both; the number of targets that ended before the last step."""
     found = ours.generate(
