@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from fastlm.hf import mlp
 from fastlm.patching import Report, restore, swapped
+from tests.hf import zoo
 
 N, HIDDEN = 32, 48
 COMMON = {
@@ -52,7 +53,13 @@ def make(name: str) -> nn.Module:
 def patch(module: nn.Module) -> Report:
     report = Report("a model")
     mlp.apply(nn.ModuleDict({"mlp": module}), report)
+    report.entries = [entry for entry in report.entries if entry.kind != "Linear"]
     return report
+
+
+def unpatch(module: nn.Module) -> None:
+    for each in module.modules():
+        restore(each)
 
 
 def run(module: nn.Module, x: Tensor, dy: Tensor) -> list[Tensor]:
@@ -80,7 +87,7 @@ def test_float32(name: str) -> None:
     report = patch(module)
     assert [entry.by is not None for entry in report.entries] == [True], str(report)
     assert_close(run(module, x, dy), stock, 2e-6)
-    restore(module)
+    unpatch(module)
     assert all(torch.equal(f, e) for f, e in zip(run(module, x, dy), stock, strict=True))
 
 
@@ -123,7 +130,7 @@ def test_hooks_and_layers_put_inside_later() -> None:
     torch.testing.assert_close(module(x), stock_like)
     module.act_fn = nn.ReLU()
     changed = module(x)
-    restore(module)
+    unpatch(module)
     assert torch.equal(changed, module(x))
 
 
@@ -167,6 +174,23 @@ def test_copies_and_pickle() -> None:
         assert swapped(double) is mlp.GatedMLP and not double(x).any() and torch.equal(module(x), y)
 
 
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [
+        ("llama", "gate_proj up_proj down_proj"), ("gpt2", "c_fc c_proj"), ("bert", "intermediate.dense output.dense"),
+        ("opt", "fc1 fc2"), ("bart", "fc1 fc2"), ("t5", "wi wo"),
+    ],
+)  # fmt: skip
+def test_projections_of_a_model(name: str, expected: str) -> None:
+    model, report = zoo.build(name), Report("a model")
+    mlp.apply(model, report)
+    found = [entry.name for entry in report.replaced if entry.kind in ("Linear", "Conv1D")]
+    assert len(set(found)) == len(found)
+    layers = model.config.num_hidden_layers * (2 if name in zoo.SEQ2SEQ else 1)
+    for end in expected.split():
+        assert sum(n.endswith("." + end) and "attention" not in n for n in found) == layers, (end, found)
+
+
 @pytest.mark.parametrize("name", ["gelu", "gelu_python", "gelu_new", "gelu_pytorch_tanh", "gelu_fast", "gelu_accurate"])
 def test_gelu(name: str) -> None:
     from transformers.activations import ACT2FN
@@ -179,7 +203,7 @@ def test_gelu(name: str) -> None:
     assert_close(run(module, x, dy), stock, 2e-6)
     for o, s, e in zip(run(module, x.bfloat16(), dy.bfloat16()), low, exact, strict=True):
         assert (o - e).abs().mean() <= 1.02 * (s - e).abs().mean()
-    restore(module)
+    unpatch(module)
     assert all(torch.equal(f, e) for f, e in zip(run(module, x, dy), stock, strict=True))
 
 

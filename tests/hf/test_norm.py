@@ -112,6 +112,21 @@ def test_torchs_own_classes() -> None:
         assert_close(run(module, x, dy), stock, 2e-6)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_layer_norm_of_many_rows(dtype: torch.dtype) -> None:
+    module = nn.LayerNorm(512).to(dtype)
+    with torch.no_grad():
+        module.weight.add_(torch.randn(512))
+    x, dy = torch.randn(2, 300, 512).to(dtype), torch.randn(2, 300, 512).to(dtype)
+    stock = run(module, x, dy)
+    patch(module)
+    ours = run(module, x, dy)
+    assert all(torch.equal(o, s) for o, s in zip(ours, stock, strict=True)) == (dtype is torch.float32)
+    exact = run(copy.deepcopy(module).double(), x.double(), dy.double())
+    for o, s, e in zip(ours, stock, exact, strict=True):
+        assert o.dtype == s.dtype and (o - e).abs().mean() <= 1.02 * (s - e).abs().mean()
+
+
 def test_eps_is_read_at_the_call() -> None:
     module, x = make("llama"), 1e-3 * torch.randn(4, N)
     patch(module)
