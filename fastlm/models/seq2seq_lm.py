@@ -76,7 +76,7 @@ class Seq2SeqLMConfig:
     label_smoothing: float = 0.0
     """Share of the target's probability that is spread over the vocabulary in training mode (Vaswani et al. 5.4)."""
     pad: int | None = None
-    """Id that fills up a source; pad, bos and eos are what generate() and to_hf() go by."""
+    """Id that fills up a source and is never generated; pad, bos and eos are what generate() and to_hf() go by."""
     bos: int | None = None
     """Id the decoder starts from."""
     eos: int | None = None
@@ -318,6 +318,8 @@ class Seq2SeqLM(nn.Module):
     ) -> Tensor:
         """The targets of the sources, (B, L) int64 without bos; after its eos a target is filled up with eos.
 
+        None of them has the config's pad (Marian's, which nothing trained, would win).
+
         Args:
             source: (B, T) int64. source_mask: (B, T) bool, False for padding.
             max_new_tokens: 1 to config.context; fewer come when every target has come to eos.
@@ -359,12 +361,15 @@ class Seq2SeqLM(nn.Module):
             B = source.shape[0]
             if beams > 1:
                 return beam_search(
-                    step, B, beams, ids["bos"], ids["eos"], max_new_tokens, length_penalty, source.device
+                    step, B, beams, ids["bos"], ids["eos"], c.pad, max_new_tokens, length_penalty, source.device
                 )
             seen = torch.full((B, 1), ids["bos"], device=source.device)
             ended = torch.zeros(B, dtype=torch.bool, device=source.device)
             for _ in range(max_new_tokens):
-                token = sample(step(seen), temperature, top_k, top_p, generator).masked_fill(ended, ids["eos"])
+                logits = step(seen)
+                if c.pad is not None:
+                    logits[:, c.pad] = float("-inf")
+                token = sample(logits, temperature, top_k, top_p, generator).masked_fill(ended, ids["eos"])
                 ended |= token == ids["eos"]
                 seen = torch.cat((seen, token.unsqueeze(1)), 1)
                 if bool(ended.all()):

@@ -98,18 +98,19 @@ def test_generate_follows_the_logits_and_fills_up_with_eos() -> None:
     m = model(logits_bias=True)
     assert m.logits_bias is not None
     m.logits_bias[2] += 6.0
+    m.logits_bias[0] += 50.0  # pad, which is never generated
     found = m.generate(source, 12, source_mask=mask)
     seen = torch.full((4, 1), 1)
     ended = torch.zeros(4, dtype=torch.bool)
     for i in range(found.shape[1]):
-        token = m(source, seen, source_mask=mask).logits[:, -1].argmax(-1)
+        token = m(source, seen, source_mask=mask).logits[:, -1, 1:].argmax(-1) + 1
         token[ended] = 2
         assert torch.equal(found[:, i], token)
         ended |= token == 2
         seen = torch.cat((seen, token[:, None]), 1)
     assert ended.any() and found.shape[1] <= 12
     assert torch.equal(m.generate(source, 5, source_mask=mask, bos=9, eos=60)[:, 0],
-                       m(source, torch.full((4, 1), 9), source_mask=mask).logits[:, 0].argmax(-1))  # fmt: skip
+                       m(source, torch.full((4, 1), 9), source_mask=mask).logits[:, 0, 1:].argmax(-1) + 1)  # fmt: skip
     assert not m.training and not m.train().generate(source, 2).requires_grad
     assert m.training, "the mode it was in"
 
