@@ -63,7 +63,7 @@ def losses(trainer: Trainer, **options: Any) -> list[float]:
 
 def enabled(name: str, **changes: Any) -> Any:
     model = build(name, **changes)
-    hf.enable(model, attention=False, rope=False)
+    hf.enable(model)
     return model
 
 
@@ -113,7 +113,7 @@ def test_evaluation_is_stocks(options: dict[str, Any], tmp_path: Path) -> None:
 def test_folders_are_stocks_byte_for_byte(tied: bool, tmp_path: Path) -> None:
     model = build("llama", tie_word_embeddings=tied)
     model.save_pretrained(tmp_path / "stock")
-    hf.enable(model, attention=False, rope=False)
+    hf.enable(model)
     model.save_pretrained(tmp_path / "ours")
     files = sorted(path.name for path in (tmp_path / "stock").iterdir())
     assert files == sorted(path.name for path in (tmp_path / "ours").iterdir())
@@ -122,7 +122,7 @@ def test_folders_are_stocks_byte_for_byte(tied: bool, tmp_path: Path) -> None:
     assert json.loads((tmp_path / "ours/config.json").read_text())["architectures"] == ["LlamaForCausalLM"]
     loaded = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "ours")
     assert type(loaded) is transformers.LlamaForCausalLM
-    hf.enable(loaded, attention=False, rope=False)
+    hf.enable(loaded)
     batch = inputs("llama")
     torch.testing.assert_close(loaded.train()(**batch).loss, model.train()(**batch).loss, rtol=0.0, atol=0.0)
 
@@ -159,7 +159,7 @@ def test_lora(order: str, more: tuple[str, ...]) -> None:
     stock = lora(build("llama"), *more).train()
     if order == "enable on lora":
         ours = lora(build("llama"), *more).train()
-        report = hf.enable(ours, attention=False, rope=False)
+        report = hf.enable(ours)
         head = [entry for entry in report.entries if entry.part == "loss"]
         assert [entry.by for entry in head] == [None if more else "linear_cross_entropy"]
     else:
@@ -184,7 +184,7 @@ def test_lora(order: str, more: tuple[str, ...]) -> None:
 def test_lora_through_the_trainer(tmp_path: Path) -> None:
     stock = losses(trainer(lora(build("llama")), tmp_path))
     model = lora(build("llama"))
-    hf.enable(model, attention=False, rope=False)
+    hf.enable(model)
     assert losses(trainer(model, tmp_path)) == pytest.approx(stock, rel=1e-5)
 
 
