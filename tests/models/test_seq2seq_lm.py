@@ -111,6 +111,7 @@ def test_generate_follows_the_logits_and_fills_up_with_eos() -> None:
     assert ended.any() and found.shape[1] <= 12
     assert torch.equal(m.generate(source, 5, source_mask=mask, bos=9, eos=60)[:, 0],
                        m(source, torch.full((4, 1), 9), source_mask=mask).logits[:, 0, 1:].argmax(-1) + 1)  # fmt: skip
+    assert (m.generate(source, 3, eos=0) == 0).all(), "pad that ends a target too"
     assert not m.training and not m.train().generate(source, 2).requires_grad
     assert m.training, "the mode it was in"
 
@@ -235,6 +236,7 @@ def test_bad_calls() -> None:
         (lambda: m.generate(source, 17), "max_new_tokens must lie in 1 .. 16"),
         (lambda: m.generate(source, 5, beams=0), "beams must be an integer in 1 .. 61"),
         (lambda: m.generate(source, 5, beams=2, temperature=1.0), "beam search does not sample"),
+        (lambda: m.generate(source, 5, beams=2, length_penalty=float("nan")), "length_penalty must be finite, got nan"),
         (lambda: m.generate(source, 5, eos=99), "eos must be"),
         (lambda: model(eos=None).generate(source, 5), "eos must be given, because the config has none"),
     ):
