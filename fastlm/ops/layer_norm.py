@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -36,7 +37,7 @@ def _fake_forward(
     seed: Tensor | None,
     dropout: float,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    m, stat = x.shape[:-1].numel(), _statistics(x)
+    m, stat = math.prod(x.shape[:-1]), _statistics(x)  # numel() would ask for a number the graph may not know
     h = x.new_empty(x.shape if residual is not None else (0,))
     return x.new_empty(x.shape), h, x.new_empty((m,), dtype=stat), x.new_empty((m,), dtype=stat)
 

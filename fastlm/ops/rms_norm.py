@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -37,7 +38,8 @@ def _fake_forward(
     dropout: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
     h = x.new_empty(x.shape if residual is not None else (0,))
-    return x.new_empty(x.shape), h, x.new_empty((x.shape[:-1].numel(),), dtype=_statistics(x))
+    m = math.prod(x.shape[:-1])  # numel() would ask for a number the graph may not know
+    return x.new_empty(x.shape), h, x.new_empty((m,), dtype=_statistics(x))
 
 
 def _fake_backward(

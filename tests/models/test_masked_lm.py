@@ -188,6 +188,16 @@ def test_under_autocast(head: str) -> None:
     assert all(p.grad.isfinite().all() for p in model.parameters())
 
 
+def test_compiles_into_one_graph() -> None:
+    """Though how many words are masked depends on the data."""
+    model = small("mlm", layers=1)
+    torch._dynamo.reset()
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    for _ in range(2):
+        inputs = batch(model)
+        torch.testing.assert_close(compiled(**inputs).loss, model(**inputs).loss)
+
+
 @each_head
 def test_learns_by_heart(head: str) -> None:
     model = MaskedLM(MaskedLMConfig(**{**SMALL, **HEADS[head]}))

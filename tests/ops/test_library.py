@@ -113,6 +113,33 @@ def test_one_tensor_given_twice_is_compiled(op: str) -> None:
     torch.testing.assert_close(gradients[1], gradients[0], rtol=0, atol=0)
 
 
+@pytest.mark.parametrize("op", ["layer_norm", "rms_norm", "gelu", "softmax", "linear_cross_entropy"])
+def test_rows_whose_number_the_graph_does_not_know(op: str) -> None:
+    """As MaskedLM's head gathers them: the words that were masked."""
+    x, w = torch.randn(6, 8), torch.randn(8)
+    keep, table, target = torch.rand(6) < 0.7, torch.randn(5, 8), torch.randint(5, (6,))
+    calls = {
+        "layer_norm": lambda rows, y: ops.layer_norm(y, w, w),
+        "rms_norm": lambda rows, y: ops.rms_norm(y, w),
+        "gelu": lambda rows, y: ops.gelu(y),
+        "softmax": lambda rows, y: ops.softmax(y),
+        "linear_cross_entropy": lambda rows, y: ops.linear_cross_entropy(y, table, target[rows], reduction="none"),
+    }
+
+    def of_rows(x: torch.Tensor, keep: torch.Tensor) -> torch.Tensor:
+        rows = keep.nonzero().squeeze(1)
+        return calls[op](rows, x.index_select(0, rows))
+
+    torch._dynamo.reset()
+    leaves = [x.clone().requires_grad_() for _ in range(2)]
+    compiled = torch.compile(of_rows, fullgraph=True, backend="aot_eager")
+    found = [function(leaf, keep) for function, leaf in zip((of_rows, compiled), leaves, strict=True)]
+    for y in found:
+        y.backward(torch.ones_like(y))
+    torch.testing.assert_close(found[1], found[0], rtol=0, atol=0)
+    torch.testing.assert_close(leaves[1].grad, leaves[0].grad, rtol=0, atol=0)
+
+
 @pytest.mark.parametrize("op", ["dropout", "dropout_add", "add_layer_norm", "add_rms_norm"])
 def test_a_refused_call_draws_no_seed(op: str) -> None:
     x = torch.randn(3, 8)
