@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import importlib.util
 import io
+import itertools
 import os
 import re
 import shlex
@@ -14,20 +15,20 @@ import textwrap
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 from fastlm import UnsupportedError, info, tune_malloc
 from fastlm._version import __version__
 
 if TYPE_CHECKING:
-    from fastlm.train import Result
+    from fastlm.train import Recipe, Result
 
 USAGE = """\
 usage: fastlm VERB ...
 
   demo      train a small model on real text, about two minutes
-  train     train a model on text of your own
-  generate  continue a text with a trained model
+  train     train a model on data of your own
+  generate  continue, translate or label a text with a trained model
   info      what is installed, what runs here, what does not and why
 
 fastlm VERB --help tells more.
@@ -153,49 +154,50 @@ def _end(result: Result, again: str) -> int:
 
 
 TRAIN_DESCRIPTION = """\
-Trains a language model on text files or folders of them, in UTF-8. \
-One file: its last tenth is kept for validation. Several: a tenth of the files.
+Trains a model on files in UTF-8. Without --validation, a tenth of the data is kept for it: of one text its last \
+tenth, of several a tenth of the files.
 
-Start from a preset and change what you like:
+Start from a task or a preset and change what you like:
   fastlm train input.txt --preset shakespeare-char-cpu
   fastlm train my_texts/ --minutes 30 --width 256
+  fastlm train my_texts/ --task mlm
+  fastlm train train.tsv --task classify
+  fastlm train train.conll --task tag
+  fastlm train train.en train.de --task seq2seq
 
 Ctrl-C saves and prints the command that goes on from there."""
 
 
 def _train(arguments: list[str]) -> int:
-    from fastlm.data import from_paths
-    from fastlm.train import PRESETS, Recipe, make_reporter
+    from fastlm.train import make_reporter
+    from fastlm.train.config import Recipe
     from fastlm.train.options import TrainOptions
-    from fastlm.train.run import finish, resume, saved_recipe, start, summary
+    from fastlm.train.run import finish, resume, start, summary
+    from fastlm.train.tasks import Source
 
-    preset, folder = _value("preset", arguments), _value("resume", arguments)
-    if preset is not None and preset not in PRESETS:
-        raise UsageError(f"preset must be one of {', '.join(PRESETS)}, got {preset!r}")
-    if preset is not None and folder is not None:
-        raise UsageError("--preset and --resume exclude each other: a resumed run keeps its own settings")
-    base: Recipe = saved_recipe(folder) if folder is not None else PRESETS[preset or "default"]()
-
+    folder = _value("resume", arguments)
+    base = _base(arguments, folder)
     options: TrainOptions = _parse(
-        TrainOptions, TrainOptions(text=base.text, model=base.model, train=base.train), "train", TRAIN_DESCRIPTION,
-        arguments,
+        TrainOptions,
+        TrainOptions(task=cast(Any, base.task), init=base.init, text=base.text, model=base.model, train=base.train),
+        "train", TRAIN_DESCRIPTION, arguments,
     )  # fmt: skip
-    recipe, reporter = Recipe(options.text, options.model, options.train), make_reporter()
+    recipe, reporter = Recipe(options.text, options.model, options.train, base.task, options.init), make_reporter()
     if folder is None:
         if not options.data:
             raise UsageError("data is missing: give text files or folders, as in: fastlm train input.txt")
-        run = start(recipe, from_paths(options.data), reporter, overwrite=options.overwrite)
+        if options.init.init:
+            _unchanged(base, recipe, f"with --init: it is that of {options.init.init}", ("text", "model"), ("dropout",))
+        run = start(recipe, Source(options.data, options.validation), reporter, overwrite=options.overwrite)
     else:
-        if options.data:
-            raise UsageError(f"a resumed run has its data in {Path(folder) / 'data'}; leave out {options.data[0]}")
-        if recipe.text != base.text:
-            raise UsageError("tokenizer and vocab cannot change when a run is resumed")
+        for path in (*options.data, *options.validation):
+            raise UsageError(f"a resumed run has its data in {Path(folder) / 'data'}; leave out {path}")
+        rooms = ("text", "init", "model") if base.init.init else ("text", "init")
+        _unchanged(base, recipe, "when a run is resumed", rooms)
         run = resume(recipe, reporter)
-    facts = run.data.info
     reporter.message(
-        f"{facts['train_tokens']:,} tokens to train on, {facts['validation_tokens']:,} to validate, vocabulary "
-        f"{facts['vocab_size']} ({facts['tokenizer']}); {run.trainer.model.num_parameters():,} weights on "
-        f"{run.trainer.device}; run in {run.folder}"
+        f"{run.task.facts(run.data)}; {run.trainer.model.num_parameters():,} weights on {run.trainer.device}; "
+        f"run in {run.folder}"
     )
     result = run.trainer.fit()
     if result.stopped == "finished":
@@ -203,6 +205,38 @@ def _train(arguments: list[str]) -> int:
         reporter.message(f"time             {result.seconds:.1f} s for {result.steps} steps")
         reporter.message(f"checkpoint {run.folder / 'best'}, plot {finish(run)}")
     return _end(result, f"fastlm train --resume {shlex.quote(str(run.folder))}")
+
+
+def _base(arguments: list[str], folder: str | None) -> Recipe:
+    """What the other options change: the preset, the task's own, or the run that is resumed."""
+    from fastlm.train import PRESETS
+    from fastlm.train.run import saved_recipe
+    from fastlm.train.tasks import TASKS
+
+    preset, task = _value("preset", arguments), _value("task", arguments)
+    if preset is not None and preset not in PRESETS:
+        raise UsageError(f"preset must be one of {', '.join(PRESETS)}, got {preset!r}")
+    if task is not None and task not in TASKS:
+        raise UsageError(f"task must be one of {', '.join(TASKS)}, got {task!r}")
+    if preset is not None and folder is not None:
+        raise UsageError("--preset and --resume exclude each other: a resumed run keeps its own settings")
+    if folder is not None:
+        base = saved_recipe(folder)
+    else:
+        base = PRESETS[preset or (task if task in PRESETS else "default")]()
+    if task is not None and task != base.task:
+        raise UsageError(
+            f"{f'the run in {folder}' if folder else f'preset {preset}'} is of task {base.task}, not {task}"
+        )
+    return base
+
+
+def _unchanged(base: Recipe, recipe: Recipe, why: str, rooms: Sequence[str], free: Sequence[str] = ()) -> None:
+    """Raises UsageError for options that were given although they cannot count."""
+    for room in rooms:
+        for name, value in vars(getattr(recipe, room)).items():
+            if value != getattr(getattr(base, room), name) and name not in free:
+                raise UsageError(f"{name} cannot change {why}")
 
 
 def _value(name: str, arguments: list[str]) -> str | None:
@@ -216,23 +250,32 @@ def _value(name: str, arguments: list[str]) -> str | None:
 
 
 def _generate(arguments: list[str]) -> int:
+    from fastlm.models import CausalLM
     from fastlm.train.generate import load_model, stream_text
     from fastlm.train.options import GenerateOptions
     from fastlm.train.trainer import pick_device
 
     options: GenerateOptions = _parse(
-        GenerateOptions, None, "generate", "Continues a text with a trained model and prints it as it comes.", arguments
-    )
-    tune_malloc()
-    model, tokenizer = load_model(options.folder, str(pick_device(options.device)))
-    pieces = stream_text(
-        model, tokenizer, options.prompt, options.tokens, temperature=options.temperature, top_k=options.top_k,
-        top_p=options.top_p, seed=options.seed,
+        GenerateOptions, None, "generate",
+        "Continues a text with a trained model and prints it as it comes; or translates, labels, tags or fills in.",
+        arguments,
     )  # fmt: skip
-    print(options.prompt, end="", flush=True)
-    for piece in pieces:
-        print(piece, end="", flush=True)
-    print()
+    tune_malloc()
+    trained = load_model(options.folder, str(pick_device(options.device)))
+    if isinstance(trained.model, CausalLM):
+        print(options.prompt, end="", flush=True)
+        for piece in stream_text(
+            trained.model, trained.tokenizer, options.prompt, options.tokens, temperature=options.temperature,
+            top_k=options.top_k, top_p=options.top_p, seed=options.seed,
+        ):  # fmt: skip
+            print(piece, end="", flush=True)
+        print()
+        return 0
+    lines = iter([options.prompt]) if options.prompt else (line.rstrip("\n") for line in sys.stdin)
+    size = 1 if sys.stdin.isatty() else 32  # who types waits for an answer to each line
+    while some := list(itertools.islice(lines, size)):
+        for answer in trained.answers(some, options.beams, options.tokens):
+            print(answer, flush=True)
     return 0
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import io
 import json
 import shlex
 from pathlib import Path
@@ -77,6 +78,50 @@ def test_wrong_input_takes_one_line(text: Path, tmp_path: Path, capsys: pytest.C
     assert "folder nowhere does not exist" in fails(capsys, "generate", "nowhere")
     assert "no checkpoint in" in fails(capsys, "generate", tmp_path)
     assert "PATH" in fails(capsys, "generate")
+
+
+TASKS = {
+    "mlm": ({"a.txt": "the cat sat on the mat\n" * 40}, "the [MASK] sat", ("nats per masked token", "commonest one")),
+    "classify": (
+        {"a.tsv": "1\ta good film\n0\ta bad one\n" * 20},
+        "good",
+        ("macro F1", "2 classes (0, 1)"),
+    ),
+    "tag": ({"a.conll": "Ann B-PER\nlives O\n\n" * 20 + "Bo B-PER\n"}, "Ann lives", ("span F1", "commonest tag")),
+    "seq2seq": ({"a.en": "a b\nb c\nc d\n" * 9, "a.de": "b a\nc b\nd c\n" * 9}, "a b", ("BLEU", "27 pairs")),
+}
+
+
+@pytest.mark.parametrize("task", TASKS)
+def test_tasks(task: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    contents, prompt, expected = TASKS[task]
+    files = [str(tmp_path / name) for name in contents]
+    for name, text in contents.items():
+        (tmp_path / name).write_text(text)
+    out = str(tmp_path / "run")
+    arguments = [*files, "--task", task, "--validation", *files, "--out", out, *TINY]
+    assert cli.main(["train", *arguments]) == 0
+    said = capsys.readouterr().out
+    assert all(part in said for part in expected), said
+    assert cli.main(["train", "--resume", out, "--steps", "4"]) == 0
+    assert "resumed at step 3" in capsys.readouterr().out
+
+    assert cli.main(["generate", out, "--prompt", prompt, "--tokens", "5"]) == 0
+    one = capsys.readouterr().out
+    monkeypatch.setattr("sys.stdin", io.StringIO(f"{prompt}\n{prompt}\n"))
+    assert cli.main(["generate", out, "--tokens", "5"]) == 0
+    assert capsys.readouterr().out == 2 * one and one.endswith("\n")
+
+
+def test_wrong_tasks(text: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = tmp_path / "run"
+    assert "task must be one of lm, mlm" in fails(capsys, "train", text, "--task", "chat")
+    assert "preset demo is of task lm, not tag" in fails(capsys, "train", text, "--task", "tag", "--preset", "demo")
+    text.write_text("one\n")
+    for task in ("classify", "tag", "seq2seq"):
+        assert "text.txt:1 must" in fails(capsys, "train", text, "--task", task, "--out", out), task
+    assert not out.exists()
+    assert "width cannot change with --init" in fails(capsys, "train", text, "--init", tmp_path, "--width", 8)
 
 
 def test_a_full_disk_is_a_failure_not_a_mistake(

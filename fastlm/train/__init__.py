@@ -1,7 +1,16 @@
 """The trainer. Needs the extra `train`: pip install "fastlm[train]"."""
 
 from fastlm.train.checkpoint import find_checkpoint, read_checkpoint, save_checkpoint
-from fastlm.train.config import PRESETS, ModelOptions, Recipe, TextOptions, TrainConfig, demo, shakespeare_char_cpu
+from fastlm.train.config import (
+    PRESETS,
+    InitOptions,
+    ModelOptions,
+    Recipe,
+    TextOptions,
+    TrainConfig,
+    demo,
+    shakespeare_char_cpu,
+)
 from fastlm.train.log import plot_losses, read_log
 from fastlm.train.report import LiveReporter, PlainReporter, Progress, Reporter, make_reporter
 from fastlm.train.schedule import learning_rate
@@ -9,6 +18,7 @@ from fastlm.train.trainer import NonFiniteLossError, Result, Trainer
 
 __all__ = [
     "PRESETS",
+    "InitOptions",
     "LiveReporter",
     "ModelOptions",
     "NonFiniteLossError",

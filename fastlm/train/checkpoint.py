@@ -2,7 +2,7 @@
 
 Its files:
 
-    config.json, model.safetensors   the model, as CausalLM.save writes them
+    config.json, model.safetensors   the model, as its save() writes them
     tokenizer.json                   its tokenizer
     state.pt                         optimizer and generators; absent from best/, which is for use, not for resuming
     checkpoint.json                  step, loss, settings of the run, size and CRC-32 of every other file
@@ -14,16 +14,21 @@ import json
 import pickle
 import zlib
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 
 from fastlm.data import Tokenizer, atomic_folder, recover_folder
-from fastlm.models import CausalLM
 
 FILE = "checkpoint.json"
 STATE = "state.pt"
 FORMAT = "fastlm-checkpoint-1"
+
+
+class Saves(Protocol):
+    """A model that writes itself into a folder."""
+
+    def save(self, folder: Path, /) -> None: ...
 
 
 def _crc(path: Path) -> int:
@@ -36,7 +41,7 @@ def _crc(path: Path) -> int:
 
 def save_checkpoint(
     folder: str | Path,
-    model: CausalLM,
+    model: Saves,
     tokenizer: Tokenizer,
     meta: dict[str, Any],
     state: dict[str, Any] | None = None,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Literal
 
@@ -22,7 +22,7 @@ class TrainConfig:
     minutes: float | None = None
     """Minutes in all, evaluation included. Whichever of --steps and --minutes is reached first ends the run."""
     batch: int = 12
-    """Windows of text per pass through the model."""
+    """Windows of text, or texts, per pass through the model."""
     accumulate: int = 1
     """Passes per optimizer step. Their gradients add up as if they were one large batch."""
     lr: float = 1e-3
@@ -105,17 +105,19 @@ class ModelOptions:
     """Shape of the model; the vocabulary comes from the text."""
 
     style: Literal["gpt2", "llama"] = "llama"
-    """gpt2: learned positions, LayerNorm, GELU. llama: rotary positions, RMSNorm, SwiGLU."""
+    """Of lm. gpt2: learned positions, LayerNorm, GELU. llama: rotary positions, RMSNorm, SwiGLU."""
     layers: int = 4
-    """Transformer blocks."""
+    """Transformer blocks; of seq2seq those of the encoder."""
+    decoder_layers: int | None = None
+    """Of seq2seq: blocks of the decoder. None: as many as --layers."""
     heads: int = 4
     """Attention heads. They divide --width."""
     kv_heads: int | None = None
-    """Heads of keys and values. None: as many as --heads."""
+    """Of lm: heads of keys and values. None: as many as --heads."""
     width: int = 128
     """Numbers per token between blocks."""
     context: int = 64
-    """Tokens the model sees at once."""
+    """Tokens the model sees at once. What is longer is cut."""
     dropout: float = 0.0
     """Share of activations dropped in training."""
 
@@ -133,10 +135,33 @@ class ModelOptions:
 class TextOptions:
     """How text becomes tokens."""
 
-    tokenizer: Literal["bpe", "char", "byte"] = "bpe"
-    """bpe: byte-level byte-pair encoding learned from the text. char: one token per character. byte: one per byte."""
+    tokenizer: Literal["bpe", "word", "char", "byte"] = "bpe"
+    """bpe: byte-level byte-pair encoding learned from the text. word: one token per word, a common one for the rare.
+    char: one per character. byte: one per byte."""
     vocab: int = 4096
-    """Tokens that bpe learns."""
+    """Tokens that bpe learns, words that word keeps."""
+
+
+@dataclass(frozen=True)
+class InitOptions:
+    """What the weights start from, if not from chance."""
+
+    init: Path | None = None
+    """Run, checkpoint or folder of transformers to start from: its weights, shape and tokenizer. A head of another task
+    or for other labels starts anew."""
+    vectors: Path | None = None
+    """Word vectors for the embedding, of GloVe or word2vec, text or binary; with --tokenizer word."""
+    freeze_vectors: bool = False
+    """Leave the embedding as it starts."""
+
+    def __post_init__(self) -> None:
+        for name in ("init", "vectors"):
+            if getattr(self, name) is not None:
+                object.__setattr__(self, name, Path(getattr(self, name)))
+        if self.init and self.vectors:
+            raise ValueError("init and vectors exclude each other: the embedding comes from one of them")
+        if self.freeze_vectors and not self.vectors:
+            raise ValueError("freeze_vectors needs vectors")
 
 
 @dataclass(frozen=True)
@@ -147,6 +172,7 @@ class Recipe:
     model: ModelOptions = field(default_factory=ModelOptions)
     train: TrainConfig = field(default_factory=TrainConfig)
     task: str = "lm"
+    init: InitOptions = field(default_factory=InitOptions)
 
 
 def default() -> Recipe:
@@ -200,8 +226,85 @@ def shakespeare_char_cpu() -> Recipe:
     )
 
 
+def mlm() -> Recipe:
+    """Masked words of plain text, sized for some minutes on two CPU cores."""
+    return Recipe(
+        text=TextOptions(vocab=2048),
+        model=ModelOptions(layers=4, heads=4, width=192, context=64),
+        train=TrainConfig(
+            out=Path("runs/mlm"),
+            steps=2000,
+            batch=32,
+            lr=2e-3,
+            warmup=200,
+            schedule="linear",
+            weight_decay=0.05,
+            beta2=0.98,
+            eval_every=250,
+            eval_batches=8,
+        ),
+        task="mlm",
+    )
+
+
+def classify() -> Recipe:
+    """Labelled texts, some thousand of them, sized for two minutes on two CPU cores."""
+    return Recipe(
+        text=TextOptions(tokenizer="word", vocab=8192),
+        model=ModelOptions(layers=2, heads=4, width=128, context=64, dropout=0.2),
+        train=TrainConfig(
+            out=Path("runs/classify"),
+            steps=1000,
+            batch=32,
+            lr=5e-4,
+            min_lr=0.0,
+            warmup=100,
+            schedule="linear",
+            beta2=0.98,
+            eval_every=100,
+        ),
+        task="classify",
+    )
+
+
+def tag() -> Recipe:
+    """Tagged words, sized for two minutes on two CPU cores."""
+    return replace(
+        classify(),
+        model=ModelOptions(layers=2, heads=4, width=128, context=128, dropout=0.1),
+        train=replace(classify().train, out=Path("runs/tag"), lr=1e-3, batch=16),
+        task="tag",
+    )
+
+
+def seq2seq() -> Recipe:
+    """Parallel text, some ten thousand sentences, sized for ten minutes on two CPU cores."""
+    return Recipe(
+        text=TextOptions(vocab=4096),
+        model=ModelOptions(layers=3, decoder_layers=3, heads=4, width=256, context=64, dropout=0.1),
+        train=TrainConfig(
+            out=Path("runs/seq2seq"),
+            steps=3000,
+            batch=64,
+            lr=1e-3,
+            min_lr=0.0,
+            warmup=300,
+            schedule="linear",
+            weight_decay=0.01,
+            beta2=0.98,
+            eval_every=250,
+        ),
+        task="seq2seq",
+    )
+
+
 PRESETS: dict[str, Callable[[], Recipe]] = {
     "default": default,
     "demo": demo,
     "shakespeare-char-cpu": shakespeare_char_cpu,
+    "mlm": mlm,
+    "classify": classify,
+    "tag": tag,
+    "seq2seq": seq2seq,
 }
+"""By name; that of a task is where `--task` starts."""

@@ -13,6 +13,7 @@ import torch
 from fastlm import native
 from fastlm._dispatch import Op, Request, UnsupportedError
 from fastlm.data import standard_library
+from fastlm.models import CausalLM
 from fastlm.train.config import Recipe
 from fastlm.train.generate import load_model, stream_text
 from fastlm.train.report import Reporter, clock
@@ -102,8 +103,9 @@ def backend_table(device: torch.device, dtype: torch.dtype) -> Iterable[str]:
 
 
 def _show_sample(run: Run, tokens: int, say: Callable[[str], None]) -> None:
-    model, tokenizer = load_model(run.folder, str(run.trainer.device))
-    text = "".join(stream_text(model, tokenizer, PROMPT, tokens, temperature=0.7, top_k=50, seed=run.recipe.train.seed))
+    found, seed = load_model(run.folder, str(run.trainer.device)), run.recipe.train.seed
+    assert isinstance(found.model, CausalLM)
+    text = "".join(stream_text(found.model, found.tokenizer, PROMPT, tokens, temperature=0.7, top_k=50, seed=seed))
     say("")
     say(f"A sample that continues {PROMPT!r}:")
     say("")

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -10,26 +11,46 @@ import torch
 from fastlm.data import Tokenizer, load_tokenizer
 from fastlm.models import CausalLM
 from fastlm.train.checkpoint import find_checkpoint, read_checkpoint
+from fastlm.train.tasks import TASKS, Model, Task
 
 _PARTIAL = "\ufffd"
 
 
-def load_model(folder: str | Path, device: str = "cpu") -> tuple[CausalLM, Tokenizer]:
-    """Model and tokenizer of a checkpoint, or of the best one of a run's folder.
+@dataclass(frozen=True)
+class Trained:
+    """A checkpoint, ready for use.
+
+    Attributes:
+        labels: of classify and tag.
+    """
+
+    task: Task
+    model: Model
+    tokenizer: Tokenizer
+    labels: tuple[str, ...]
+
+    def answers(self, texts: Sequence[str], beams: int, tokens: int) -> Iterator[str]:
+        """As Task.answers()."""
+        return self.task.answers(self.model, self.tokenizer, self.labels, texts, beams, tokens)
+
+
+def load_model(folder: str | Path, device: str = "cpu") -> Trained:
+    """What a checkpoint holds, or the best one of a run's folder.
 
     Raises:
         FileNotFoundError: there is no checkpoint.
         ValueError: it is damaged, or model and tokenizer do not belong together.
     """
     found = find_checkpoint(folder)
-    read_checkpoint(found)
+    meta = read_checkpoint(found)
+    task = TASKS[meta.get("task", "lm")]
     tokenizer = load_tokenizer(found)
-    model = CausalLM.load(found, device)
+    model = task.model.load(found, device)
     if model.config.vocab_size != tokenizer.vocab_size:
         raise ValueError(
             f"{found}: the model has a vocabulary of {model.config.vocab_size}, its tokenizer of {tokenizer.vocab_size}"
         )
-    return model.eval(), tokenizer
+    return Trained(task, model.eval(), tokenizer, tuple(meta.get("labels", ())))
 
 
 def stream_text(

@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import json
 import shutil
+from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from fastlm.data import Corpus, atomic_file, atomic_folder, recover_folder
 from fastlm.train import randomness
-from fastlm.train.config import ModelOptions, Recipe, TextOptions, TrainConfig
+from fastlm.train.config import InitOptions, ModelOptions, Recipe, TextOptions, TrainConfig
 from fastlm.train.log import LOG, PLOT, plot_losses, read_log
+from fastlm.train.origin import copy_vectors, load_origin, start_from
 from fastlm.train.report import Reporter
-from fastlm.train.tasks import TASKS, Data, Source, Task
+from fastlm.train.tasks import TASKS, Data, Model, Source, Task
 from fastlm.train.trainer import Result, Trainer, pick_device
 
 FILE = "run.json"
@@ -53,13 +55,26 @@ def start(recipe: Recipe, source: Source | Corpus, reporter: Reporter, overwrite
         raise ValueError(f"{folder} holds a run already: continue it with --resume {folder}, or choose another --out")
     task.config(recipe.model, None)  # a wrong shape raises before anything is touched
     pick_device(recipe.train.device)
-    with atomic_folder(folder / DATA) as temporary:  # what cannot be read leaves the run that was there whole
-        _, baseline = task.prepare(source, temporary, recipe.text, None)
+    origin = load_origin(recipe.init.init, task) if recipe.init.init else None
+    try:
+        with atomic_folder(folder / DATA) as temporary:  # what cannot be read leaves the run that was there whole
+            data, baseline = task.prepare(source, temporary, recipe.text, origin.tokenizer if origin else None)
+            randomness.seed_everything(recipe.train.seed)
+            if origin is not None:
+                model = start_from(origin, task, data, recipe.model.dropout)
+            else:
+                model = task.model(task.config(recipe.model, data))
+            if recipe.init.vectors is not None:
+                reporter.message(copy_vectors(recipe.init.vectors, model, data.tokenizer))
+    except BaseException:
+        with suppress(OSError):  # there already, and not empty
+            folder.rmdir()
+        raise
     for name in ("best", "last", "best.old", "last.old", "tensorboard"):
         shutil.rmtree(folder / name, ignore_errors=True)
     for name in (LOG, PLOT, FILE):
         (folder / name).unlink(missing_ok=True)
-    run = _make(recipe, task.open(folder / DATA), reporter, baseline)
+    run = _make(recipe, task.open(folder / DATA), model, reporter, baseline)
     _save(run)
     return run
 
@@ -71,9 +86,14 @@ def resume(recipe: Recipe, reporter: Reporter) -> Run:
         FileNotFoundError: there is no run, or none that got as far as a checkpoint.
         ValueError: it is damaged, or the recipe's model or text is another.
     """
-    folder = recipe.train.out
+    folder, task = recipe.train.out, TASKS[recipe.task]
     baseline = float(_read(folder)["baseline"])
-    run = _make(recipe, TASKS[recipe.task].open(folder / DATA), reporter, baseline)
+    data = task.open(folder / DATA)
+    if recipe.init.init is not None:  # its shape is not in the recipe
+        model = task.model.load(folder / "last")
+    else:
+        model = task.model(task.config(recipe.model, data))
+    run = _make(recipe, data, model, reporter, baseline)
     run.trainer.resume()
     _save(run)
     return run
@@ -93,6 +113,7 @@ def saved_recipe(folder: str | Path) -> Recipe:
             ModelOptions(**content["model"]),
             TrainConfig(**content["train"]),
             content.get("task", "lm"),  # runs of before there were others
+            InitOptions(**content.get("init", {})),
         )
     except (KeyError, TypeError) as error:
         raise ValueError(f"{Path(folder) / FILE} is damaged or of another version of fastlm: {error}") from None
@@ -125,10 +146,8 @@ def summary(run: Run, result: Result) -> str:
     return "\n".join(run.task.summary(run.data, result.figures, run.baseline))
 
 
-def _make(recipe: Recipe, data: Data, reporter: Reporter, baseline: float) -> Run:
-    randomness.seed_everything(recipe.train.seed)
-    task = TASKS[recipe.task]
-    model = task.model(task.config(recipe.model, data))
+def _make(recipe: Recipe, data: Data, model: Model, reporter: Reporter, baseline: float) -> Run:
+    model.embed.weight.requires_grad_(not recipe.init.freeze_vectors)
     return Run(recipe, data, Trainer(model, data, recipe.train, reporter), baseline)
 
 
@@ -146,9 +165,8 @@ def _read(folder: Path) -> dict[str, Any]:
 
 def _save(run: Run) -> None:
     content: dict[str, Any] = {**asdict(run.recipe), "baseline": run.baseline}
-    content["train"]["out"] = str(run.folder)
     with atomic_file(run.folder / FILE) as file:
-        file.write((json.dumps(content, indent=2) + "\n").encode())
+        file.write((json.dumps(content, indent=2, default=str) + "\n").encode())
 
 
 def _shorten(text: str) -> str:

@@ -365,8 +365,9 @@ class Trainer:
         self.reporter.evaluation(self.step, figures)
 
     def _keep_best(self, figures: dict[str, float]) -> None:
-        value = figures[self.task.decisive]
-        if self.task.better(value, self.best):
+        name = self.task.decisive(figures)
+        value = figures[name]
+        if self.best is None or (value < self.best if name == "loss" else value > self.best):
             self.best = value
             self.save("best")
 

@@ -10,7 +10,7 @@ from fastlm.data import Corpus, Dataset, Tokenizer, from_paths, prepare
 from fastlm.metrics import bigram_bits_per_byte, bits_per_byte, perplexity
 from fastlm.models import CausalLM, CausalLMConfig
 from fastlm.train.config import ModelOptions, TextOptions
-from fastlm.train.tasks.task import Data, Model, Source, Task
+from fastlm.train.tasks.task import Data, Model, Source, Task, refuse
 
 
 class LanguageModelling(Task):
@@ -30,6 +30,7 @@ class LanguageModelling(Task):
         return Dataset.open(folder)
 
     def config(self, options: ModelOptions, data: Data | None) -> CausalLMConfig:
+        refuse(options, self.name, "decoder_layers")
         return options.config(1 << 16 if data is None else data.tokenizer.vocab_size)
 
     def conclude(

@@ -12,11 +12,11 @@ import torch
 from torch import Tensor
 
 from fastlm.data import IGNORE, Corpus, Tokenizer
-from fastlm.models import CausalLM, CausalLMConfig
+from fastlm.models import CausalLM, CausalLMConfig, MaskedLM, MaskedLMConfig, Seq2SeqLM, Seq2SeqLMConfig
 from fastlm.train.config import ModelOptions, TextOptions
 
-Model = CausalLM
-Config = CausalLMConfig
+Model = CausalLM | MaskedLM | Seq2SeqLM
+Config = CausalLMConfig | MaskedLMConfig | Seq2SeqLMConfig
 Batch = dict[str, Tensor]
 
 
@@ -83,14 +83,13 @@ class Task(ABC):
 
     Attributes:
         name: of --task.
-        decisive: best/ is the model with the best of this figure: the lowest loss, the highest of anything else.
         unit: what the loss is counted per.
+        model: the class of its models.
     """
 
     name: ClassVar[str]
-    decisive: ClassVar[str] = "loss"
     unit: ClassVar[str] = "token"
-    model: ClassVar[type[Model]]
+    model: ClassVar[Any]
 
     @abstractmethod
     def prepare(
@@ -110,6 +109,14 @@ class Task(ABC):
     def config(self, options: ModelOptions, data: Data | None) -> Config:
         """The model's config; without data, one of the same shape, to find out whether there can be such a model."""
 
+    def adapt(self, model: Model, labels: Sequence[str], data: Data) -> Model:
+        """A trained model for this task and data.
+
+        Args:
+            labels: what its head tells apart.
+        """
+        return model
+
     def facts(self, data: Data) -> str:
         """A line about the data."""
         info = data.info
@@ -117,6 +124,10 @@ class Task(ABC):
             f"{info['train_tokens']:,} tokens to train on, {info['validation_tokens']:,} to validate, vocabulary "
             f"{info['vocab_size']} ({info['tokenizer']})"
         )
+
+    def decisive(self, figures: dict[str, float]) -> str:
+        """best/ is the model with the best of this figure: the lowest loss, the highest of anything else."""
+        return "loss"
 
     def measure(self, data: Data) -> Measure:
         """A new sum."""
@@ -147,10 +158,6 @@ class Task(ABC):
         """
         raise NotImplementedError(self.name)
 
-    def better(self, new: float, old: float | None) -> bool:
-        """Whether a value of the decisive figure is the best yet."""
-        return old is None or (new < old if self.decisive == "loss" else new > old)
-
 
 def count_targets(batch: Batch) -> Tensor:
     """Targets that take part."""
@@ -169,7 +176,15 @@ def count_tokens(batch: Batch) -> int:
 
 @torch.no_grad()
 def predict(model: Model, batch: Batch) -> Tensor:
-    """Logits of a batch."""
-    logits = model(**{name: tensor for name, tensor in batch.items() if name != "targets"}).logits
+    """Logits of a batch without targets, on the model's device."""
+    device = model.embed.weight.device
+    logits = model(**{name: tensor.to(device) for name, tensor in batch.items()}).logits
     assert logits is not None
     return logits
+
+
+def refuse(options: ModelOptions, task: str, *names: str) -> None:
+    """Raises ValueError for options that the task's model does not have."""
+    for name in names:
+        if getattr(options, name) is not None:
+            raise ValueError(f"{name} must be left out: a model of task {task} has no such thing")
