@@ -19,6 +19,7 @@ from torch import Tensor
 from torch.nn import Module
 from torch.nn.modules.module import _has_any_global_hook
 
+from fastlm import _dispatch
 from fastlm.nn import functional as F
 from fastlm.nn._modules import runs, unheard
 from fastlm.nn.activation import GELU
@@ -66,20 +67,6 @@ def _residual(x: Tensor, branches: Sequence[Branch], norm_first: bool) -> Tensor
     return _add(branch(y), x, dropout)
 
 
-def _linear(layer: Module, x: Tensor) -> Tensor:
-    if not runs(layer, torch.nn.Linear, Linear) or _has_any_global_hook():
-        return layer(x)
-    return F.linear(x, layer.weight, layer.bias)  # type: ignore[arg-type]
-
-
-def _activate(activation: Any, x: Tensor) -> Tensor:
-    if activation is torch.nn.functional.gelu:
-        return F.gelu(x)
-    if isinstance(activation, torch.nn.GELU) and runs(activation, torch.nn.GELU, GELU):
-        return F.gelu(x, activation.approximate)
-    return activation(x)
-
-
 def _attend(
     attention: Module, x: Tensor, memory: Tensor, mask: Tensor | None, padding: Tensor | None, is_causal: bool
 ) -> Tensor:
@@ -88,10 +75,28 @@ def _attend(
     )[0]
 
 
+def _is_linear(layer: Module) -> bool:
+    return runs(layer, torch.nn.Linear, Linear) and not _has_any_global_hook()
+
+
+def _activate(activation: Any, x: Tensor, ours: bool) -> Tensor:
+    """activation(x); relu over x itself where that is ours alone and autograd, to which it may be a view, is off."""
+    if activation is torch.nn.functional.relu:
+        return torch.relu_(x) if ours and not torch.is_grad_enabled() else torch.relu(x)
+    if activation is torch.nn.functional.gelu:
+        return F.gelu(x)
+    if isinstance(activation, torch.nn.GELU) and runs(activation, torch.nn.GELU, GELU):
+        return F.gelu(x, activation.approximate)
+    return activation(x)
+
+
 def _feed_forward(layer: Any, x: Tensor) -> Tensor:
-    x = _activate(layer.activation, _linear(layer.linear1, x))
+    up, down = layer.linear1, layer.linear2
+    ours = _is_linear(up)
+    x = _activate(layer.activation, F.linear(x, up.weight, up.bias) if ours else up(x), ours)
     p = _rate(layer.dropout)
-    return _linear(layer.linear2, layer.dropout(x) if p is None else F.dropout(x, p))
+    x = layer.dropout(x) if p is None else F.dropout(x, p)
+    return F.linear(x, down.weight, down.bias) if _is_linear(down) else down(x)
 
 
 def _keeps(layer: Module, original: type[Module], *methods: str) -> bool:
@@ -123,9 +128,10 @@ def _adopt(module: Module, given: Sequence[object]) -> None:
 class TransformerEncoderLayer(torch.nn.TransformerEncoderLayer):
     """torch.nn.TransformerEncoderLayer over fused attention, gelu, linear layers, dropout, and addition with norm.
 
-    Training and evaluation run the same code, and give what torch gives in training: its fast path of evaluation reads
-    float masks as bool, gives NaN where a query sees no key, and ignores is_causal without src_mask: refused here.
-    Nested tensors, and a subclass with a `_sa_block` or `_ff_block` of its own, get torch's forward.
+    Evaluation gives what training gives. Torch's fast path of evaluation, which reads float masks as bool, gives NaN
+    where a query sees no key, and ignores is_causal without src_mask (refused here), is taken for short sequences
+    without masks alone. Nested tensors, and a subclass with a `_sa_block` or `_ff_block` of its own, get torch's
+    forward.
     """
 
     __init__ = _constructor(torch.nn.TransformerEncoderLayer)
@@ -140,11 +146,22 @@ class TransformerEncoderLayer(torch.nn.TransformerEncoderLayer):
         """As torch's: src (S, E), (S, B, E), or (B, S, E) with batch_first; masks as MultiheadAttention's."""
         if src.is_nested or not _keeps(self, torch.nn.TransformerEncoderLayer, "_sa_block", "_ff_block"):
             return super().forward(src, src_mask, src_key_padding_mask, is_causal)
+        if src_mask is None and src_key_padding_mask is None and not is_causal and self._is_short(src):
+            return super().forward(src)
 
         def attend(x: Tensor) -> Tensor:
             return _attend(self.self_attn, x, x, src_mask, src_key_padding_mask, is_causal)
 
         return self._run(src, attend)
+
+    def _is_short(self, src: Tensor) -> bool:
+        """Whether torch's fast path of evaluation, one call of C++, is faster: in float32 on a CPU it takes 0.75 to
+        0.97 of our time below 256 positions, and more than ours from there on. Without masks it gives the same."""
+        if self.training or not src.is_cpu or src.dtype is not torch.float32 or src.dim() != 3 or src.shape[1] >= 256:
+            return False
+        if _dispatch._forced not in (None, "cpu") or torch.compiler.is_compiling():
+            return False
+        return not (torch.is_grad_enabled() and (src.requires_grad or any(p.requires_grad for p in self.parameters())))
 
     def _run(self, x: Tensor, attend: Callable[[Tensor], Tensor]) -> Tensor:
         feed_forward = functools.partial(_feed_forward, self)

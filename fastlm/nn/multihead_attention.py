@@ -42,8 +42,15 @@ class MultiheadAttention(torch.nn.MultiheadAttention):
 
         Returns:
             The output in the layout of query, and None in place of weights that were not asked for.
+
+        Raises:
+            What torch raises in training; RuntimeError for is_causal without attn_mask, which its fast path ignores.
         """
-        if need_weights or not self._fits(query, key, value, key_padding_mask, attn_mask, is_causal):
+        if is_causal and attn_mask is None:
+            raise RuntimeError(
+                "attn_mask must be given with is_causal, which says that it is the causal mask; got None"
+            )
+        if need_weights or not self._fits(query, key, value, key_padding_mask, attn_mask):
             return super().forward(
                 query, key, value, key_padding_mask, need_weights, attn_mask, average_attn_weights, is_causal
             )
@@ -83,7 +90,6 @@ class MultiheadAttention(torch.nn.MultiheadAttention):
         value: Tensor,
         key_padding_mask: Tensor | None,
         attn_mask: Tensor | None,
-        is_causal: bool,
     ) -> bool:
         """Whether our path takes the call; where not, torch's does, or says what is wrong."""
         if not self.plain():
@@ -101,8 +107,6 @@ class MultiheadAttention(torch.nn.MultiheadAttention):
         if batch is not None and (key.shape[batch] != B or value.shape[batch] != B):
             return False
         S, T = query.shape[length], key.shape[length]
-        if is_causal and attn_mask is None:
-            return False  # torch: "need attn_mask if specifying the is_causal hint"
         if attn_mask is not None:
             allowed = ((S, T), (B * self.num_heads, S, T))
             if tuple(attn_mask.shape) not in allowed or not _is_mask(attn_mask):
