@@ -19,11 +19,12 @@ else
   INSTALL_TORCH = $(PIP) install "torch>=2.11"
 endif
 
-.PHONY: help demo test amd lint bench clean
+.PHONY: help demo test transformers amd lint bench clean
 
 help:
 	@echo "make demo   train a small GPT on real text, about 2 minutes, and show its work"
 	@echo "make test   run the whole test suite"
+	@echo "make transformers   run tests/hf on every supported version of transformers"
 	@echo "make lint   ruff, mypy, clang-format"
 	@echo "make amd    compile the Triton kernels for an AMD GPU, minutes"
 	@echo "make bench  time every op against its peers"
@@ -47,6 +48,16 @@ test: $(VENV)/.installed
 	@$(BIN)/python -m pytest -q tests
 	@if $(BIN)/python -c "import triton" 2>/dev/null; then TRITON_INTERPRET=1 $(BIN)/python -m pytest -q tests/ops tests/optim; fi
 	@$(BIN)/python -m tests.emulation
+
+# The minor versions that pyproject.toml allows, each in a folder of its own before the installed one.
+TRANSFORMERS = 5.21 5.22 5.23
+transformers: $(VENV)/.installed
+	@for version in $(TRANSFORMERS); do \
+	  folder=build/transformers-$$version; \
+	  test -d $$folder || $(PIP) install --target $$folder --no-deps "transformers==$$version.*" || exit 1; \
+	  echo "transformers $$version"; \
+	  PYTHONPATH=$$folder $(BIN)/python -m pytest -q tests/hf || exit 1; \
+	done
 
 amd: $(VENV)/.installed
 	@$(BIN)/python -m bench.ahead_of_time --chip gfx942

@@ -88,6 +88,12 @@ def register() -> None:
     _part("attention")
 
 
+def __getattr__(name: str) -> Any:
+    if name in ("ThroughputCallback", "optimizer"):  # they import transformers
+        return getattr(_part("trainer"), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
 def _part(name: str) -> Any:
     return importlib.import_module(f"fastlm.hf.{name}")
 

@@ -175,7 +175,9 @@ def _look_for_leaks(module: nn.Module, pattern: Pattern, position_ids: Tensor | 
     """
     if position_ids is None or position_ids.dim() != 2 or pattern.packed or not pattern.causal:
         return
-    if torch.compiler.is_compiling() or (_looked_at and _looked_at[0]() is position_ids):
+    if type(position_ids) is not Tensor or torch.compiler.is_compiling():  # no numbers to look at
+        return
+    if _looked_at and _looked_at[0]() is position_ids:
         return
     _looked_at[:] = [weakref.ref(position_ids)]  # the other layers get the same tensor
     again = position_ids.diff() < 1

@@ -11,7 +11,15 @@ Step = Callable[[Tensor, Tensor], Tensor]
 
 
 def beam_search(
-    step: Step, batch: int, beams: int, bos: int, eos: int, steps: int, length_penalty: float, device: torch.device
+    step: Step,
+    batch: int,
+    beams: int,
+    bos: int,
+    eos: int,
+    pad: int | None,
+    steps: int,
+    length_penalty: float,
+    device: torch.device,
 ) -> Tensor:
     """The best hypothesis found of each of B = batch sources: argmax of log p(y) / len(y)^length_penalty, eos counted.
 
@@ -24,6 +32,7 @@ def beam_search(
     Args:
         step: (prefixes (B * K, L) with bos first, rows (B * K,)) -> logits (B * K, V) of the token after each; prefix i
             is prefix rows[i] of the call before and one token more.
+        pad: a token that no hypothesis has, if there is one; its probability stays its own.
         steps: most tokens of a hypothesis, at least 1.
         length_penalty: 0 takes the most probable; above 0 longer ones gain.
 
@@ -39,6 +48,8 @@ def beam_search(
     best_score = torch.full((batch,), float("-inf"), device=device)
     for length in range(1, steps + 1):
         gained = step(seen, rows).float().log_softmax(-1)  # (B*K, V)
+        if pad is not None:
+            gained[:, pad] = float("-inf")
         V = gained.shape[1]
         total = (scores.view(-1, 1) + gained).view(batch, beams * V)
         # at most K of 2 K candidates are continuations by eos, so that K others are left

@@ -5,6 +5,7 @@ V vocabulary.
 
 from __future__ import annotations
 
+import math
 import os
 from dataclasses import asdict, dataclass
 from typing import Any, NamedTuple, cast
@@ -76,7 +77,7 @@ class Seq2SeqLMConfig:
     label_smoothing: float = 0.0
     """Share of the target's probability that is spread over the vocabulary in training mode (Vaswani et al. 5.4)."""
     pad: int | None = None
-    """Id that fills up a source; pad, bos and eos are what generate() and to_hf() go by."""
+    """Id that fills up a source and is never generated; pad, bos and eos are what generate() and to_hf() go by."""
     bos: int | None = None
     """Id the decoder starts from."""
     eos: int | None = None
@@ -318,13 +319,15 @@ class Seq2SeqLM(nn.Module):
     ) -> Tensor:
         """The targets of the sources, (B, L) int64 without bos; after its eos a target is filled up with eos.
 
+        None of them has the config's pad, unless that is eos too (Marian's, which nothing trained, would win).
+
         Args:
             source: (B, T) int64. source_mask: (B, T) bool, False for padding.
             max_new_tokens: 1 to config.context; fewer come when every target has come to eos.
             bos, eos: the decoder's first token and the one that ends a target; None: the config's.
             beams: above 1, beam search: of the hypotheses y it finds, the one with the largest
                 log p(y) / len(y)^length_penalty, as transformers counts it under early_stopping="never".
-            length_penalty: any number; above 0 longer targets gain.
+            length_penalty: any finite number; above 0 longer targets gain.
             temperature, top_k, top_p, generator: for beams=1, as CausalLM.generate; temperature 0 takes the most
                 probable token.
             use_cache: keep keys and values of earlier tokens instead of computing them again.
@@ -343,8 +346,11 @@ class Seq2SeqLM(nn.Module):
             raise ValueError(f"max_new_tokens must lie in 1 .. {c.context}, the context, got {max_new_tokens}")
         if not isinstance(beams, int) or not 1 <= beams <= c.vocab_size:
             raise ValueError(f"beams must be an integer in 1 .. {c.vocab_size}, the vocabulary, got {beams!r}")
+        if not math.isfinite(length_penalty):
+            raise ValueError(f"length_penalty must be finite, got {length_penalty}")
         if beams > 1 and (temperature, top_k, top_p) != (0.0, None, None):
             raise ValueError("temperature, top_k and top_p are for beams=1: beam search does not sample")
+        pad = None if c.pad == ids["eos"] else c.pad
         with torch.no_grad(), evaluating(self):
             keys_values = self._keys_values(self.encode(source, source_mask))
             caches = [KVCache(max_new_tokens) for _ in self.decoder] if use_cache else None
@@ -359,12 +365,15 @@ class Seq2SeqLM(nn.Module):
             B = source.shape[0]
             if beams > 1:
                 return beam_search(
-                    step, B, beams, ids["bos"], ids["eos"], max_new_tokens, length_penalty, source.device
+                    step, B, beams, ids["bos"], ids["eos"], pad, max_new_tokens, length_penalty, source.device
                 )
             seen = torch.full((B, 1), ids["bos"], device=source.device)
             ended = torch.zeros(B, dtype=torch.bool, device=source.device)
             for _ in range(max_new_tokens):
-                token = sample(step(seen), temperature, top_k, top_p, generator).masked_fill(ended, ids["eos"])
+                logits = step(seen)
+                if pad is not None:
+                    logits[:, pad] = float("-inf")
+                token = sample(logits, temperature, top_k, top_p, generator).masked_fill(ended, ids["eos"])
                 ended |= token == ids["eos"]
                 seen = torch.cat((seen, token.unsqueeze(1)), 1)
                 if bool(ended.all()):

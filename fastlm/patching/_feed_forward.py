@@ -15,6 +15,7 @@ from torch.nn.modules.module import _has_any_global_hook
 
 from fastlm import ops
 from fastlm.nn._modules import unheard
+from fastlm.patching import _layers
 from fastlm.patching._swap import STATE, own
 
 PLAN = f"{STATE}plan"
@@ -92,24 +93,24 @@ class FeedForward:
 def _activate(plan: Plan, first: Tensor, up: Tensor | None) -> Tensor:
     """The op where it takes what came, else what the module computed: the children have run, and run once."""
     if plan.form == "plain":
-        return (_PLAIN if _takes(first) else _TORCH)[plan.activation](first)
+        pays = _takes(first) and not _layers.few(first, _layers.gelu_limit(first, plan.activation == "gelu_tanh"))
+        return (_PLAIN if pays else _TORCH)[plan.activation](first)
+    pays = _takes(first) and not _layers.few(first, _layers.GLU if plan.form == "gated" else 2 * _layers.GLU)
     if up is None:
-        if plan.form == "packed" and _takes(first) and first.shape[-1] % 2 == 0:
+        if pays and plan.form == "packed" and first.shape[-1] % 2 == 0:
             return _GATED[plan.activation](first)
         halves = first.chunk(2, dim=-1)
         first, up = halves if plan.form == "packed" else halves[::-1]
-    return _GATED[plan.activation](first, up) if _takes(first, up) else _TORCH[plan.activation](first) * up
+    if pays and _takes(up) and up.dtype is first.dtype and up.shape == first.shape and up.device == first.device:
+        return _GATED[plan.activation](first, up)
+    return _TORCH[plan.activation](first) * up
 
 
-def _takes(first: Any, *others: Any) -> bool:
-    if type(first) is not Tensor or first.is_nested or first.layout is not torch.strided:
-        return False
-    if not (first.dim() and first.is_floating_point()) or torch._C._are_functorch_transforms_active():
-        return False
-    return all(
-        type(x) is Tensor and x.dtype is first.dtype and x.shape == first.shape and x.device == first.device
-        for x in others
-    )
+def _takes(x: Any) -> bool:
+    return (
+        type(x) is Tensor and x.dim() > 0 and x.is_floating_point() and not x.is_nested
+        and x.layout is torch.strided and not torch._C._are_functorch_transforms_active()
+    )  # fmt: skip
 
 
 def recognise(module: nn.Module) -> Plan | None:

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from torch import nn
 
+import fastlm.nn
 from fastlm.patching._feed_forward import PLAN, FeedForward, recognise
-from fastlm.patching._kinds import KINDS, kind_of, looks_like, overridden
+from fastlm.patching._kinds import KINDS, Kind, kind_of, looks_like, overridden
 from fastlm.patching._obstacles import obstacle
 from fastlm.patching._report import Report
 from fastlm.patching._swap import ENABLED, restore, swap, swapped
@@ -101,24 +102,26 @@ def _visit(
         return
     if not wanted[kind.part]:
         return
-    reason = _reason(module, kind.original, kind.layer)
+    reason = _reason(module, kind)
     if reason is not None:
         report.leave(name, type(module).__name__, kind.part, reason)
         return
     done.append(module)
     swap(module, kind.layer)
     report.replace(name, type(module).__name__, kind.part, f"nn.{kind.layer.__name__}", kind.remark)
+    parts = (module._modules.get(child) for child in kind.stands_for)
+    covered |= {id(child) for child in parts if type(child) in (nn.LayerNorm, nn.GELU)}
 
 
-def _reason(module: nn.Module, original: type[nn.Module], layer: type[nn.Module]) -> str | None:
+def _reason(module: nn.Module, kind: Kind) -> str | None:
     if swapped(module) is not None:
         return "it is replaced already"
-    if isinstance(module, layer):
+    if isinstance(module, getattr(fastlm.nn, kind.original.__name__)):
         return "it is fastlm's own"
     reason = obstacle(module)
     if reason is not None:
         return reason
-    changed = overridden(type(module), original)
+    changed = overridden(type(module), kind.original)
     return f"its class has its own {', '.join(changed)}" if changed else None
 
 

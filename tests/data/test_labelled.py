@@ -13,7 +13,7 @@ import torch
 from fastlm.data import IGNORE, ByteTokenizer, ClassifiedText, TaggedText, write_shard
 from fastlm.data.labelled import LabelledText
 from fastlm.data.tables import Example, read_classified, read_tagged
-from fastlm.data.tokenizer import ENCODER_SPECIALS
+from fastlm.data.tokenizer import ENCODER_SPECIALS, load_tokenizer
 
 REVIEWS = [
     (f"this film number {i} is {'good' if i % 3 else 'bad'}{' indeed' * (i % 7)}", "10"[i % 3 == 0]) for i in range(90)
@@ -196,6 +196,28 @@ def test_a_tokenizer_that_is_there_already(tmp_path: Path) -> None:
     assert prepare(ClassifiedText, tmp_path, tokenizer=ready).tokenizer.fingerprint == ready.fingerprint
     with pytest.raises(ValueError, match=r"the byte tokenizer has no \[PAD\]"):
         prepare(ClassifiedText, tmp_path, tokenizer=ByteTokenizer())
+
+
+@pytest.mark.parametrize("task", [ClassifiedText, TaggedText])
+def test_the_tokenizer_of_a_bert(task: type[LabelledText], tmp_path: Path) -> None:
+    """WordPiece in lower case, from a folder of transformers: its specials have the names that are looked for."""
+    from tokenizers import Tokenizer as Inner
+    from tokenizers import models, normalizers, pre_tokenizers, trainers
+
+    inner = Inner(models.WordPiece(unk_token="[UNK]"))
+    inner.normalizer, inner.pre_tokenizer = normalizers.BertNormalizer(), pre_tokenizers.BertPreTokenizer()
+    texts = [text for text, _ in REVIEWS] + SENTENCES.split()
+    inner.train_from_iterator(
+        texts,
+        trainers.WordPieceTrainer(vocab_size=200, show_progress=False, special_tokens=["[UNK]", *ENCODER_SPECIALS]),
+    )
+    inner.save(str(tmp_path / "tokenizer.json"))
+    data = prepare(task, tmp_path, tokenizer=load_tokenizer(tmp_path))
+    batch = data.validation_batches(8, 64)[0]
+    ids = batch["tokens"][0][batch["mask"][0]].tolist()
+    shown = [inner.id_to_token(i) for i in ids]
+    assert shown[0] == "[CLS]" and shown[-1] == "[SEP]" and "[UNK]" not in shown
+    assert "film" in shown if task is ClassifiedText else "mr" in shown
 
 
 def test_an_empty_text_is_one_unknown_word(tmp_path: Path) -> None:

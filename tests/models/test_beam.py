@@ -47,7 +47,7 @@ def test_enough_beams_find_the_best_of_all(length_penalty: float) -> None:
     beams, batch = vocab**3, 6
     for seed in range(5):
         model = Markov(batch, beams, vocab, steps, seed)
-        found = beam_search(model, batch, beams, bos, eos, steps, length_penalty, CPU)
+        found = beam_search(model, batch, beams, bos, eos, None, steps, length_penalty, CPU)
         assert found.shape[1] == lengths(found, eos).max()
         for source in range(batch):
             best = max(
@@ -59,11 +59,11 @@ def test_enough_beams_find_the_best_of_all(length_penalty: float) -> None:
 
 def test_a_source_does_not_depend_on_the_others() -> None:
     model = Markov(5, 3, 6, 7, 1)
-    together = beam_search(model, 5, 3, 0, 5, 7, 1.0, CPU)
+    together = beam_search(model, 5, 3, 0, 5, None, 7, 1.0, CPU)
     for source in range(5):
         alone = Markov(1, 3, 6, 7, 1)
         alone.logits = model.logits[source : source + 1]
-        found = beam_search(alone, 1, 3, 0, 5, 7, 1.0, CPU)[0]
+        found = beam_search(alone, 1, 3, 0, 5, None, 7, 1.0, CPU)[0]
         assert found.tolist() == together[source, : len(found)].tolist()
         assert (together[source, len(found) :] == 5).all()
 
@@ -77,9 +77,20 @@ def test_it_ends_when_nothing_better_can_come() -> None:
         logits[:, 4] = 9.0 if seen.shape[1] == 3 else -9.0
         return logits
 
-    found = beam_search(step, 2, 2, 0, 4, 50, 0.0, CPU)
+    found = beam_search(step, 2, 2, 0, 4, None, 50, 0.0, CPU)
     assert found.shape == (2, 3) and (found[:, 2] == 4).all()
     assert calls == [1, 2, 3]
+
+
+def test_pad_is_never_written() -> None:
+    """And keeps its probability: pad=1 is the likeliest, and what others have left decides."""
+    model = Markov(5, 16, 4, 5, 2)
+    model.logits[:, :, :, 1] += 4.0
+    found = beam_search(model, 5, 16, 0, 3, 1, 5, 1.0, CPU)
+    for source in range(5):
+        without = [sequence for sequence in every_sequence(4, 5, 3) if 1 not in sequence]
+        best = max(without, key=lambda s: model.log_probability(source, s, 0) / len(s))
+        assert tuple(found[source].tolist()) == best + (3,) * (found.shape[1] - len(best))
 
 
 def test_impossible_tokens() -> None:
@@ -92,5 +103,5 @@ def test_impossible_tokens() -> None:
             logits[:, 3] = 1.0
         return logits
 
-    assert beam_search(step, 1, 4, 0, 3, 9, 1.0, CPU).tolist() == [[1, 2, 0, 3]]
-    assert beam_search(step, 1, 4, 0, 3, 2, 1.0, CPU).tolist() == [[1, 2]]
+    assert beam_search(step, 1, 4, 0, 3, None, 9, 1.0, CPU).tolist() == [[1, 2, 0, 3]]
+    assert beam_search(step, 1, 4, 0, 3, None, 2, 1.0, CPU).tolist() == [[1, 2]]

@@ -139,7 +139,13 @@ def same_tokens(ours: Seq2SeqLM, theirs: Any, num_beams: int, **options: Any) ->
         SOURCE, 12, source_mask=MASK, beams=num_beams, length_penalty=options.get("length_penalty", 1.0)
     )
     expected = theirs.generate(
-        SOURCE, attention_mask=MASK.long(), max_new_tokens=12, do_sample=False, num_beams=num_beams, **options
+        SOURCE,
+        attention_mask=MASK.long(),
+        max_new_tokens=12,
+        do_sample=False,
+        num_beams=num_beams,
+        bad_words_ids=[[PAD]],
+        **options,
     )[:, 1:]
     count = lengths(expected, EOS)
     assert torch.equal(lengths(found, EOS), count)

@@ -98,18 +98,20 @@ def test_generate_follows_the_logits_and_fills_up_with_eos() -> None:
     m = model(logits_bias=True)
     assert m.logits_bias is not None
     m.logits_bias[2] += 6.0
+    m.logits_bias[0] += 50.0  # pad, which is never generated
     found = m.generate(source, 12, source_mask=mask)
     seen = torch.full((4, 1), 1)
     ended = torch.zeros(4, dtype=torch.bool)
     for i in range(found.shape[1]):
-        token = m(source, seen, source_mask=mask).logits[:, -1].argmax(-1)
+        token = m(source, seen, source_mask=mask).logits[:, -1, 1:].argmax(-1) + 1
         token[ended] = 2
         assert torch.equal(found[:, i], token)
         ended |= token == 2
         seen = torch.cat((seen, token[:, None]), 1)
     assert ended.any() and found.shape[1] <= 12
     assert torch.equal(m.generate(source, 5, source_mask=mask, bos=9, eos=60)[:, 0],
-                       m(source, torch.full((4, 1), 9), source_mask=mask).logits[:, 0].argmax(-1))  # fmt: skip
+                       m(source, torch.full((4, 1), 9), source_mask=mask).logits[:, 0, 1:].argmax(-1) + 1)  # fmt: skip
+    assert (m.generate(source, 3, eos=0) == 0).all(), "pad that ends a target too"
     assert not m.training and not m.train().generate(source, 2).requires_grad
     assert m.training, "the mode it was in"
 
@@ -234,6 +236,7 @@ def test_bad_calls() -> None:
         (lambda: m.generate(source, 17), "max_new_tokens must lie in 1 .. 16"),
         (lambda: m.generate(source, 5, beams=0), "beams must be an integer in 1 .. 61"),
         (lambda: m.generate(source, 5, beams=2, temperature=1.0), "beam search does not sample"),
+        (lambda: m.generate(source, 5, beams=2, length_penalty=float("nan")), "length_penalty must be finite, got nan"),
         (lambda: m.generate(source, 5, eos=99), "eos must be"),
         (lambda: model(eos=None).generate(source, 5), "eos must be given, because the config has none"),
     ):

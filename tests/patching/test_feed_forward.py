@@ -10,10 +10,10 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.utils._python_dispatch import TorchDispatchMode
 
 import fastlm
 from fastlm.patching._feed_forward import recognise
+from tests.patching.zoo import Calls
 
 WIDTH, HIDDEN = 16, 40
 
@@ -99,19 +99,6 @@ def same(found: list[Tensor], expected: list[Tensor]) -> bool:
     return len(found) == len(expected) and all(
         a.dtype is b.dtype and (a - b).abs().max() <= 1e-5 * b.abs().max() for a, b in zip(found, expected, strict=True)
     )
-
-
-class Calls(TorchDispatchMode):
-    """The names of fastlm's ops that ran."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.seen: list[str] = []
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func.namespace == "fastlm":
-            self.seen.append(func._schema.name.removeprefix("fastlm::"))
-        return func(*args, **(kwargs or {}))
 
 
 def fused(module: nn.Module, x: Tensor, **kwargs: Any) -> bool:

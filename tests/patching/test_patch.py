@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 from typing import Any
 
 import pytest
@@ -11,7 +12,7 @@ from torch import Tensor, nn
 
 import fastlm
 from fastlm.patching import Report
-from tests.patching.zoo import MODELS, build, inputs
+from tests.patching.zoo import MODELS, Calls, build, inputs
 
 
 def run(model: nn.Module, name: str, dtype: torch.dtype = torch.float32, autocast: bool = False) -> dict[str, Tensor]:
@@ -173,3 +174,34 @@ def test_linear_cross_entropy_loss() -> None:
     for found, want in zip(torch.autograd.grad(loss, [x, *criterion.parameters()]), expected, strict=True):
         assert error(found, want) <= 1e-5
     assert error(loss, stock) <= 1e-5
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_small_calls_are_torch_s(name: str, as_shipped: None) -> None:
+    model = build(name)
+    stock = run(model, name)
+    fastlm.patch(model)
+    for key, value in run(model, name).items():
+        assert error(value, stock[key]) <= 1e-5, key
+
+
+@pytest.mark.parametrize(
+    ("layer", "shape", "dtype", "fused"),
+    [
+        (nn.LayerNorm(64), (512, 8, 64), torch.bfloat16, True),
+        (nn.LayerNorm(64), (511, 8, 64), torch.bfloat16, False),
+        (nn.LayerNorm(64), (512, 8, 64), torch.float32, False),
+        (nn.RMSNorm(64), (2, 64), torch.float32, True),
+        (nn.GELU(), (2, 64), torch.float32, True),
+        (nn.GELU("tanh"), (2, 64), torch.float32, False),
+        (nn.GELU("tanh"), (128, 64), torch.bfloat16, True),
+    ],
+)
+def test_what_pays_is_fused(
+    layer: nn.Module, shape: tuple[int, ...], dtype: torch.dtype, fused: bool, as_shipped: None
+) -> None:
+    layer = copy.deepcopy(layer).to(dtype)
+    fastlm.patch(layer)
+    with Calls() as calls:
+        layer(torch.randn(shape, dtype=dtype))
+    assert bool(calls.seen) is fused

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
 
 VOCAB, WIDTH, PAD = 96, 32, 0
 
@@ -235,3 +237,16 @@ def inputs(name: str, B: int = 3, S: int = 8) -> tuple[Tensor, Tensor]:
         tokens[0, S - 3 :] = PAD
         tokens[1, S - 1 :] = PAD
     return (torch.randn(B, 3, 8, 8, generator=generator) if name == "vit" else tokens), targets
+
+
+class Calls(TorchDispatchMode):
+    """The names of fastlm's ops that ran."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: list[str] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func.namespace == "fastlm":
+            self.seen.append(func._schema.name.removeprefix("fastlm::"))
+        return func(*args, **(kwargs or {}))
