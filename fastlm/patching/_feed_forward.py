@@ -93,24 +93,17 @@ class FeedForward:
 def _activate(plan: Plan, first: Tensor, up: Tensor | None) -> Tensor:
     """The op where it takes what came, else what the module computed: the children have run, and run once."""
     if plan.form == "plain":
-        pays = _takes(first) and not _layers.few(first, _layers.gelu_limit(first, plan.activation == "gelu_tanh"))
+        pays = not _layers.torch_s(first, _layers.gelu_limit(first, plan.activation == "gelu_tanh"))
         return (_PLAIN if pays else _TORCH)[plan.activation](first)
-    pays = _takes(first) and not _layers.few(first, _layers.GLU if plan.form == "gated" else 2 * _layers.GLU)
+    pays = not _layers.torch_s(first, _layers.GLU if plan.form == "gated" else 2 * _layers.GLU)
     if up is None:
         if pays and plan.form == "packed" and first.shape[-1] % 2 == 0:
             return _GATED[plan.activation](first)
         halves = first.chunk(2, dim=-1)
         first, up = halves if plan.form == "packed" else halves[::-1]
-    if pays and _takes(up) and up.dtype is first.dtype and up.shape == first.shape and up.device == first.device:
+    if pays and _layers.takes(up) and up.dtype is first.dtype and up.shape == first.shape and up.device == first.device:
         return _GATED[plan.activation](first, up)
     return _TORCH[plan.activation](first) * up
-
-
-def _takes(x: Any) -> bool:
-    return (
-        type(x) is Tensor and x.dim() > 0 and x.is_floating_point() and not x.is_nested
-        and x.layout is torch.strided and not torch._C._are_functorch_transforms_active()
-    )  # fmt: skip
 
 
 def recognise(module: nn.Module) -> Plan | None:

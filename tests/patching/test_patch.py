@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -12,7 +13,7 @@ from torch import Tensor, nn
 
 import fastlm
 from fastlm.patching import Report
-from tests.patching.zoo import MODELS, Calls, build, inputs
+from tests.patching.zoo import MODELS, WIDTH, Calls, SwiGLU, build, inputs
 
 
 def run(model: nn.Module, name: str, dtype: torch.dtype = torch.float32, autocast: bool = False) -> dict[str, Tensor]:
@@ -191,7 +192,8 @@ def test_small_calls_are_torch_s(name: str, as_shipped: None) -> None:
         (nn.LayerNorm(64), (512, 8, 64), torch.bfloat16, True),
         (nn.LayerNorm(64), (511, 8, 64), torch.bfloat16, False),
         (nn.LayerNorm(64), (512, 8, 64), torch.float32, False),
-        (nn.RMSNorm(64), (2, 64), torch.float32, True),
+        (nn.RMSNorm(64), (64, 64), torch.float32, True),
+        (nn.RMSNorm(64), (63, 64), torch.float32, False),
         (nn.GELU(), (2, 64), torch.float32, True),
         (nn.GELU("tanh"), (2, 64), torch.float32, False),
         (nn.GELU("tanh"), (128, 64), torch.bfloat16, True),
@@ -205,3 +207,78 @@ def test_what_pays_is_fused(
     with Calls() as calls:
         layer(torch.randn(shape, dtype=dtype))
     assert bool(calls.seen) is fused
+
+
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors")
+@pytest.mark.parametrize("layout", [torch.strided, torch.jagged])
+@pytest.mark.parametrize("make", [lambda: nn.LayerNorm(WIDTH), lambda: nn.RMSNorm(WIDTH), nn.GELU, SwiGLU])
+def test_nested_tensors(make: Callable[[], nn.Module], layout: torch.layout) -> None:
+    layer = make()
+    if isinstance(layer, nn.RMSNorm) and layout is torch.strided:
+        pytest.skip("torch has no such RMSNorm")
+    x = torch.nested.nested_tensor([torch.randn(3, WIDTH), torch.randn(5, WIDTH)], layout=layout)
+    with torch.no_grad():
+        stock = layer(x)
+        fastlm.patch(layer)
+        assert all(torch.equal(a, b) for a, b in zip(layer(x).unbind(), stock.unbind(), strict=True))
+
+
+@pytest.mark.filterwarnings("ignore:There is a performance drop")  # of torch itself
+def test_under_torch_func() -> None:
+    """Gradients of every sample of a batch, which fastlm's ops do not give: those calls are torch's."""
+    model, (data, targets) = build("classifier"), inputs("classifier")
+
+    def loss(parameters: dict[str, Tensor], data: Tensor, targets: Tensor) -> Tensor:
+        return torch.func.functional_call(model, parameters, (data[None], targets[None]))[0]
+
+    gradients = torch.func.vmap(torch.func.grad(loss), (None, 0, 0))
+    parameters = {name: p.detach() for name, p in model.named_parameters()}
+    stock = gradients(parameters, data, targets)
+    fastlm.patch(model)
+    for name, value in gradients(parameters, data, targets).items():
+        assert error(value, stock[name]) <= 1e-5, name
+
+
+@pytest.mark.parametrize("wrap_first", [True, False])
+def test_peft_s_adapters(wrap_first: bool) -> None:
+    """LoRA inside the recognised parts, put there before or after."""
+    peft = pytest.importorskip("peft")
+    config = peft.LoraConfig(r=2, target_modules=["w1", "w2", "qkv"], init_lora_weights=False)
+
+    def wrap(model: nn.Module) -> nn.Module:
+        torch.manual_seed(4)
+        return peft.get_peft_model(model, config)
+
+    model = build("llama")
+    stock = run(wrap(build("llama")), "llama")
+    if wrap_first:
+        model = wrap(model)
+    assert "ops.swiglu" in {entry.by for entry in fastlm.patch(model).replaced}
+    if not wrap_first:
+        model = wrap(model)
+    found = run(model, "llama")
+    assert found.keys() == stock.keys() and any("lora" in key for key in found)
+    assert all(error(found[key], value) <= 1e-5 for key, value in stock.items())
+    fastlm.unpatch(model)
+    assert all(torch.equal(value, stock[key]) for key, value in run(model, "llama").items())
+
+
+def test_layers_that_share_a_weight_or_are_one_layer() -> None:
+    class Shared(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.second = nn.LayerNorm(WIDTH), nn.LayerNorm(WIDTH)
+            self.second.weight = self.first.weight
+            self.again = self.first
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.again(torch.tanh(self.second(self.first(x))))
+
+    model, x = Shared(), torch.randn(5, WIDTH)
+    upstream = torch.randn(5, WIDTH)
+    expected = torch.autograd.grad(model(x), list(model.parameters()), upstream)
+    report = fastlm.patch(model)
+    assert [entry.name for entry in report.replaced] == ["first", "second"]
+    assert model.second.weight is model.first.weight and model.again is model.first
+    for found, want in zip(torch.autograd.grad(model(x), list(model.parameters()), upstream), expected, strict=True):
+        assert error(found, want) <= 1e-5
