@@ -58,4 +58,4 @@ def swap_linears(name: str, module: nn.Module, part: str, report: Report) -> Non
             report.leave(inner, type(candidate).__name__, part, reason)
         else:
             swap(candidate, layer)
-            report.replace(inner, type(candidate).__name__, part, "fastlm.ops.linear", "long products in bfloat16")
+            report.replace(inner, type(candidate).__name__, part, "ops.linear", "long products in bfloat16")

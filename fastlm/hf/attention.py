@@ -212,7 +212,7 @@ def apply(model: nn.Module, report: Report) -> None:
     for name, module in layers.items():
         kind, config = type(module).__name__, module.config
         if config._attn_implementation == NAME:
-            report.replace(name, kind, "attention", "fastlm.ops.attention", f"was {model.__dict__[_BEFORE].of(config)}")
+            report.replace(name, kind, "attention", "ops.attention", f"was {model.__dict__[_BEFORE].of(config)}")
         else:
             report.leave(name, kind, "attention", "transformers cannot change its implementation")
     for name in sorted({_outermost(model, name) for name in layers}):

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
 from fastlm import nn as fnn
+from fastlm.hf import attention
 from fastlm.hf._logits import DeferredLogits
 from fastlm.patching import Report, obstacle, restore, swap
 
@@ -62,15 +63,15 @@ def apply(model: Any, report: Report) -> None:
         return
     name = next((name for name, module in model.named_modules() if module is head), None)
     kind, reason, remark = type(head).__name__, obstacle(head), ""
-    if type(head) not in (nn.Linear, fnn.Linear):
+    if reason is None and type(head) not in (nn.Linear, fnn.Linear):
         reason = f"its class is {type(head).__module__}.{kind}, not torch.nn.Linear"
-    elif reason is None:
+    if reason is None:
         reason, remark = _rehearse(model)
     if name is None or reason is not None:
         report.leave(name or "", kind, "loss", reason or "it is no module of the model")
         return
     swap(head, _Head)
-    report.replace(name, kind, "loss", "linear_cross_entropy", remark)
+    report.replace(name, kind, "loss", "ops.linear_cross_entropy", remark)
 
 
 def _rehearse(model: Any) -> tuple[str | None, str]:
@@ -104,6 +105,7 @@ def _copy(model: Any, mode: FakeTensorMode) -> Any:
         raise ValueError("a forward bound to the model would run the model itself")
     memo = {id(t): mode.from_tensor(t) for t in (*model.parameters(), *model.buffers())}
     copy = deepcopy(model, memo)
+    attention.undo(copy)
     for module in copy.modules():
         restore(module)
         for hooks in ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks"):

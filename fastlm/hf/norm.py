@@ -76,7 +76,7 @@ def apply(model: nn.Module, report: Report) -> None:
             report.replace(name, kind, "norm", "ops.layer_norm", "on a CPU, long inputs in half types")
         elif type(module).forward is nn.RMSNorm.forward:
             swap(module, fastlm.nn.RMSNorm)
-            report.replace(name, kind, "norm", "fastlm.nn.RMSNorm")
+            report.replace(name, kind, "norm", "nn.RMSNorm")
         else:
             key = _key(module)
             if key not in known:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import textwrap
 from collections import Counter
 from dataclasses import dataclass, field
 
@@ -55,8 +56,11 @@ class Report:
             first.setdefault(key, entry.name or "the model")
         lines = [f"fastlm in {self.model}: {len(self.replaced)} replaced, {len(self.left)} left"]
         for (part, kind, by, reason), count in counts.items():
-            more = "" if count == 1 else f" and {count - 1} like it"
-            what = f"by {by}" if by is not None else "left"
-            because = f": {reason}" if reason else ""
-            lines.append(f"  {part:<9} {kind} {what}, {first[part, kind, by, reason]}{more}{because}")
+            where = first[part, kind, by, reason]
+            if by is None:
+                text = f"left at {where}: {reason}"
+            else:
+                text = f"by {by}, {reason}" if reason else f"by {by}"
+            line = f"  {part:<9} {count:3} {kind} {text}"
+            lines += textwrap.wrap(line, 80, subsequent_indent=" " * 16, break_long_words=False, break_on_hyphens=False)
         return "\n".join(lines)

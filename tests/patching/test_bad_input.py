@@ -157,7 +157,7 @@ def test_left_with_its_reason(what: str) -> None:
     kind = type(model[1])
     assert reasons(model) == {"1": reason} and type(model[1]) is kind
     fastlm.unpatch(model)
-    with pytest.raises(ValueError, match=f"nothing to replace(.|\n)*{reason.partition(' (')[0]}"):
+    with pytest.raises(ValueError, match=r"nothing to replace(.|\n)*" + reason.partition(" (")[0].replace(" ", r"\s+")):
         fastlm.patch(model[1])
 
 
