@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -14,12 +13,14 @@ from fastlm import ops
 from fastlm.hf._linear import swap_linears
 from fastlm.hf._probe import close, draw, foreign, stand_in
 from fastlm.patching import STATE, Report, obstacle, swap
+from fastlm.patching._feed_forward import PLAN, FeedForward, Plan, Silent
+from fastlm.patching._layers import few, gelu_limit, takes
 
-_GATED, _GELU = f"{STATE}gated", f"{STATE}gelu"
-_FUSED: dict[str, tuple[str, Callable[[Tensor, Tensor | None], Tensor]]] = {
-    "silu": ("ops.swiglu", lambda gate, up: ops.swiglu(gate, up)),
-    "gelu": ("ops.geglu", lambda gate, up: ops.geglu(gate, up)),
-    "gelu_tanh": ("ops.geglu with tanh", lambda gate, up: ops.geglu(gate, up, approximate="tanh")),
+_GELU = f"{STATE}gelu"
+_ACTIVATION: dict[str, Callable[[Tensor], Tensor]] = {
+    "silu": F.silu,
+    "gelu": F.gelu,
+    "gelu_tanh": lambda x: F.gelu(x, approximate="tanh"),
 }
 # Names of the projections: gate, up, down; up None where the first holds both, [gate | up].
 _PROJECTIONS = (
@@ -35,91 +36,60 @@ _WHERE_ACTIVATIONS_ARE = ("transformers.activations", "torch.nn.modules.activati
 _DROPOUTS = ("dropout", "drop")
 
 
-@dataclass(frozen=True)
-class Gated:
-    """What a gated feed-forward part computes: down(dropout(activation(gate(x)) * up(x))).
-
-    Attributes:
-        gate, up, down: the projections' names; up is None where gate gives both, [gate | up].
-        activation: "silu", "gelu" or "gelu_tanh".
-        act: the name of the module that computes it, and its class; None where the forward calls a function.
-        dropout: the name of the module between the product and down, or None.
-        cast: whether the product is cast to the dtype of down's weight, which T5 keeps in float32.
-    """
-
-    gate: str
-    up: str | None
-    down: str
-    activation: str
-    act: tuple[str, type] | None
-    dropout: str | None
-    cast: bool
-
-
-class GatedMLP(nn.Module):
-    """The forward of a gated part: its own projections, called as modules, and one op for what is between them."""
-
-    _fastlm_gated: Gated
+class CastingFeedForward(FeedForward):
+    """The forward of T5's part, which casts the product to the dtype of the last projection, kept in float32: such a
+    model runs its own."""
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        spec = self._fastlm_gated
-        if len(args) != 1 or kwargs or not _untouched(self._modules, spec):
-            return super().forward(*args, **kwargs)
-        gate = getattr(self, spec.gate)(args[0])
-        up = None if spec.up is None else getattr(self, spec.up)(args[0])
-        hidden = _FUSED[spec.activation][1](gate, up)
-        if spec.dropout is not None:
-            hidden = getattr(self, spec.dropout)(hidden)
-        down: Any = getattr(self, spec.down)
-        if spec.cast and isinstance(getattr(down, "weight", None), Tensor) and down.weight.is_floating_point():
-            hidden = hidden.to(down.weight.dtype)
-        return down(hidden)
+        module: Any = self
+        plan: Plan = getattr(module, PLAN)
+        first, last = (getattr(module._modules[name], "weight", None) for name in (plan.first, plan.after[-1]))
+        if first is None or last is None or first.dtype is not last.dtype:
+            return super(FeedForward, self).forward(*args, **kwargs)  # type: ignore[misc]
+        return super().forward(*args, **kwargs)
 
 
 class Gelu(nn.Module):
-    """The forward of an activation module that is GELU.
-
-    Exact GELU in float32 on a CPU is torch's where no gradient is asked for: its forward alone is the faster one there
-    (1.25 times on two cores with AVX-512), forward and backward together are ours.
-    """
+    """The forward of an activation module that is GELU; torch's own function where that is the faster one."""
 
     _fastlm_gelu: str
 
     def forward(self, input: Tensor) -> Tensor:
-        exact = self._fastlm_gelu == "none"
-        if exact and input.is_cpu and input.dtype is torch.float32 and not torch.is_grad_enabled():
-            return F.gelu(input)
-        return ops.gelu(input, approximate=self._fastlm_gelu)
+        if not takes(input):
+            result: Tensor = super().forward(input)
+            return result
+        torchs = few(input, gelu_limit(input, self._fastlm_gelu == "tanh"))
+        return (F.gelu if torchs else ops.gelu)(input, approximate=self._fastlm_gelu)
 
 
 def apply(model: nn.Module, report: Report) -> None:
     """Replaces gated parts, GELU and the projections around them, and reports the others."""
-    known: dict[Any, Gated | str] = {}
+    known: dict[Any, tuple[Plan, type] | str] = {}
     fused: set[nn.Module] = set()
     for name, module in model.named_modules():
         names = next((n for n in _PROJECTIONS if {c for c in n if c is not None} <= set(module._modules)), None)
-        if names is None or module in fused:
+        if names is None:
             continue
-        kind, act = type(module).__name__, _act(module)
+        kind, act = type(module).__name__, _child(module, _ACTIVATIONS)
         reason = obstacle(module) or foreign(module)
         if reason is None and act is not None:
-            inside = module.get_submodule(act[0])
+            inside = module.get_submodule(act)
             reason = obstacle(inside) or foreign(inside)
         if reason is not None:
             report.leave(name, kind, "mlp", reason)
             continue
-        key = (type(module), names, act)
+        key = (type(module), names, None if act is None else type(module.get_submodule(act)))
         if key not in known:
             known[key] = gated(module, names)
         found = known[key]
         if isinstance(found, str):
             report.leave(name, kind, "mlp", found)
             continue
-        swap(module, GatedMLP)
-        setattr(module, _GATED, found)
-        report.replace(name, kind, "mlp", _FUSED[found.activation][0])
-        if found.act is not None:
-            fused.add(module.get_submodule(found.act[0]))
+        plan, layer = found
+        swap(module, layer)
+        setattr(module, PLAN, plan)
+        report.replace(name, kind, "mlp", plan.op)
+        fused.update(module.get_submodule(silent.name) for silent in plan.silent)
     for name, module in model.named_modules():
         if module not in fused and (isinstance(module, nn.GELU) or "gelu" in type(module).__name__.lower()):
             _replace_gelu(name, module, report)
@@ -157,19 +127,8 @@ def _gelu(module: nn.Module) -> str | None:
     return next((a for a in ("none", "tanh") if close(found, F.gelu(x, approximate=a), 1e-6)), None)
 
 
-def _act(module: nn.Module) -> tuple[str, type] | None:
-    return next(((name, type(module._modules[name])) for name in _ACTIVATIONS if name in module._modules), None)
-
-
-def _untouched(children: dict[str, nn.Module | None], spec: Gated) -> bool:
-    """Whether the activation, which is not called by itself, is the one that was found, with nobody listening to it."""
-    if spec.act is None:
-        return True
-    act: Any = children.get(spec.act[0])
-    same = type(act) is spec.act[1] and "forward" not in act.__dict__
-    if not same:
-        return False
-    return not (act._forward_hooks or act._forward_pre_hooks or act._backward_hooks or act._backward_pre_hooks)
+def _child(module: nn.Module, names: tuple[str, ...]) -> str | None:
+    return next((name for name in names if name in module._modules), None)
 
 
 class _Mark(nn.Module):
@@ -179,44 +138,47 @@ class _Mark(nn.Module):
         return 2 * x + x * x
 
 
-def gated(module: nn.Module, names: tuple[str, str | None, str]) -> Gated | str:
-    """What a gated part computes, found by its own forward with small projections; or why it is none."""
-    act = _act(module)
-    dropout = next((name for name in _DROPOUTS if name in module._modules), None)
-    allowed = {*names, dropout, None if act is None else act[0]}
-    more = set(module._modules) - allowed
-    if more or module._parameters or module._buffers:
-        return f"its forward may use {', '.join(sorted({*more, *module._parameters, *module._buffers}))} too"
-    width = 24
-    gate, up, down = names
-    for activation in _FUSED:
-        spec = Gated(gate, up, down, activation, act, dropout, False)
-        if _follows(spec, module, width, torch.float32):
+def gated(module: nn.Module, names: tuple[str, str | None, str]) -> tuple[Plan, type] | str:
+    """What a gated part does, found by its own forward with small projections, and the layer for it; or why it is none.
+
+    Tracing, which finds the plans of users' classes, does not follow activations written out in torch's functions, nor
+    T5's forward, which asks for dtypes.
+    """
+    act, dropout = _child(module, _ACTIVATIONS), _child(module, _DROPOUTS)
+    more = {*module._modules, *module._parameters, *module._buffers} - {*names, act, dropout}
+    if more:
+        return f"its forward may use {', '.join(sorted(more))} too"
+    first, up, down = names
+    silent = () if act is None else (Silent(act, type(module.get_submodule(act)), ()),)
+    after = (down,) if dropout is None else (dropout, down)
+    for activation in _ACTIVATION:
+        plan = Plan("packed" if up is None else "gated", activation, first, up, after, silent)
+        if _follows(plan, module, torch.float32):
             # Only a forward that casts can hand float32 on to a projection in float64.
-            return Gated(gate, up, down, activation, act, dropout, _follows(spec, module, width, torch.float64))
+            return plan, CastingFeedForward if _follows(plan, module, torch.float64) else FeedForward
     return "it is not down(act(gate(x)) * up(x)) with silu or gelu"
 
 
-def _follows(spec: Gated, module: nn.Module, width: int, last: torch.dtype) -> bool:
-    """Whether the module's forward gives the spec's results with small projections of random numbers."""
+def _follows(plan: Plan, module: nn.Module, last: torch.dtype, width: int = 24) -> bool:
+    """Whether the module's forward gives the plan's results with small projections of random numbers."""
     hidden = 2 * width
     children: dict[str, nn.Module] = {
-        spec.gate: _linear(width, hidden if spec.up is not None else 2 * hidden, 1, torch.float32),
-        spec.down: _linear(hidden, width, 2, last),
+        silent.name: stand_in(module.get_submodule(silent.name)) for silent in plan.silent
     }
-    if spec.up is not None:
-        children[spec.up] = _linear(width, hidden, 3, torch.float32)
-    if spec.dropout is not None:
-        children[spec.dropout] = _Mark()
+    children[plan.first] = _linear(width, hidden if plan.up is not None else 2 * hidden, 1, torch.float32)
+    if plan.up is not None:
+        children[plan.up] = _linear(width, hidden, 2, torch.float32)
+    *dropout, down = plan.after
+    children.update({name: _Mark() for name in dropout})
+    children[down] = _linear(hidden, width, 3, last)
     x = draw(7, width, seed=4)
     with torch.no_grad():
-        first = children[spec.gate](x)
-        a, b = (first, children[spec.up](x)) if spec.up is not None else first.chunk(2, -1)
-        h = (F.silu(a) if spec.activation == "silu" else F.gelu(a, approximate=spec.activation[5:] or "none")) * b
-        h = h if spec.dropout is None else children[spec.dropout](h)
-        expected = children[spec.down](h.to(last))
-        if spec.act is not None:
-            children[spec.act[0]] = module.get_submodule(spec.act[0])
+        y = children[plan.first](x)
+        gate, up = y.chunk(2, -1) if plan.up is None else (y, children[plan.up](x))
+        y = _ACTIVATION[plan.activation](gate) * up
+        for name in dropout:
+            y = children[name](y)
+        expected = children[down](y.to(last))
         try:
             found = type(module).forward(stand_in(module, modules=children), x[None])
         except (RuntimeError, TypeError):

@@ -14,6 +14,7 @@ import fastlm.nn
 from fastlm import ops
 from fastlm.hf._probe import close, draw, foreign, stand_in
 from fastlm.patching import STATE, LayerNorm, Report, obstacle, swap
+from fastlm.patching._layers import takes
 
 _FORMULA = f"{STATE}formula"
 _EPS = ("variance_epsilon", "eps", "epsilon")
@@ -51,7 +52,7 @@ class FamilyNorm(nn.Module):
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         formula = self._fastlm_formula
         weight: Any = getattr(self, "weight", None)
-        if len(args) == 1 and not kwargs and type(args[0]) is Tensor:
+        if len(args) == 1 and not kwargs and takes(args[0]):
             x = args[0]
             result = formula.results.get((x.dtype, None if weight is None else weight.dtype))
             if result is not None and (weight is None or x.shape[-1:] == weight.shape):

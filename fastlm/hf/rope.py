@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from fastlm import ops
 from fastlm.hf._probe import close, draw, foreign, stand_in
 from fastlm.patching import STATE, Report, obstacle, swap
+from fastlm.patching._layers import takes
 
 _TABLE = f"{STATE}table"
 # How cos and sin hold each angle twice: [0 1 2 0 1 2] or [0 0 1 1 2 2].
@@ -161,7 +162,7 @@ def _rotation(stock: Callable[..., Any], cases: dict[tuple[str, int, bool], bool
 
 def _fits(q: Tensor, k: Tensor, head: int) -> bool:
     """Whether q and k are (B, H, S, D), or (B, S, H, D) with the heads third, of one dtype and equal but for H."""
-    if type(q) is not Tensor or type(k) is not Tensor or q.dim() != 4 or k.dim() != 4 or q.dtype is not k.dtype:
+    if not takes(q) or not takes(k) or q.dim() != 4 or k.dim() != 4 or q.dtype is not k.dtype:
         return False
     a, b = q.shape, k.shape
     return a[0] == b[0] and a[3] == b[3] and head in (1, 2) and a[3 - head] == b[3 - head]

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from fastlm.hf import mlp
 from fastlm.patching import Report, restore, swapped
+from fastlm.patching._feed_forward import FeedForward
 from tests.hf import zoo
 
 N, HIDDEN = 32, 48
@@ -146,9 +147,23 @@ def test_peft_inside() -> None:
     module = adapted["mlp"]
     trained = [p for p in module.parameters() if p.requires_grad]
     ours = torch.autograd.grad(module(x), trained, dy)
-    assert len(trained) == 6 and swapped(module) is mlp.GatedMLP
+    assert len(trained) == 6 and swapped(module) is FeedForward
     restore(module)
     assert_close(list(ours), list(torch.autograd.grad(module(x), trained, dy)), 2e-6)
+
+
+def test_a_layer_inside_that_gives_another_dtype() -> None:
+    module, x = make("llama"), torch.randn(4, N)
+
+    class Wide(nn.Linear):
+        def forward(self, input: Tensor) -> Tensor:
+            return super().forward(input).double()
+
+    module.up_proj.__class__ = Wide
+    module.down_proj.double()  # type: ignore[union-attr]
+    stock = module(x)
+    patch(module)
+    torch.testing.assert_close(module(x), stock)
 
 
 def test_dropout_acts_where_it_did() -> None:
@@ -171,7 +186,7 @@ def test_copies_and_pickle() -> None:
     for double in (copy.deepcopy(module), pickle.loads(pickle.dumps(module))):
         with torch.no_grad():
             double.up_proj.weight.zero_()
-        assert swapped(double) is mlp.GatedMLP and not double(x).any() and torch.equal(module(x), y)
+        assert swapped(double) is FeedForward and not double(x).any() and torch.equal(module(x), y)
 
 
 @pytest.mark.parametrize(

@@ -157,9 +157,9 @@ def test_a_call_that_does_not_fit_is_stocks() -> None:
     patch(module)
     assert torch.equal(module(hidden_states=x), stock)
     wide = torch.randn(4, 1)  # stock broadcasts
-    ours = module(wide)
+    ours, slope = module(wide), torch.func.grad(lambda x: module(x).sum())(x)
     restore(module)
-    assert torch.equal(ours, module(wide))
+    assert torch.equal(ours, module(wide)) and torch.equal(slope, torch.func.grad(lambda x: module(x).sum())(x))
 
 
 class Counting(nn.LayerNorm):
