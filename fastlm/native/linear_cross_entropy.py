@@ -176,20 +176,36 @@ def _gradients(
             logits, part = head.logits(classes, room)
             transposed = turned[: logits.numel()].view(logits.shape[1], m) if needs[1] else None
             backward_rows(dy, logits, target, w, *options, scale, stats, logits, transposed, classes.start, v)
+            if needs[2]:
+                dbias[classes] = logits.sum(0, dtype=torch.float32)
             if needs[0]:
+                rows, own = _take_targets(logits, part, target, classes)
                 share = logits @ part
                 if classes.start == 0:
                     total.copy_(share)
                 else:
                     total.add_(share)
+                total[rows] += own
             if transposed is not None:
                 if dweight.dtype is dtype:
                     torch.mm(transposed, hidden, out=dweight[classes])
                 else:
                     dweight[classes] = transposed @ hidden
-            if needs[2]:
-                dbias[classes] = logits.sum(0, dtype=torch.float32)
     return total.to(dtype), dweight, dbias
+
+
+def _take_targets(dlogits: Tensor, weight: Tensor, target: Tensor, classes: slice) -> tuple[Tensor, Tensor]:
+    """The rows whose target is among these classes and what it gives their gradient, (rows, C) float32; dlogits are
+    zero there afterwards.
+
+    It is by far the largest part. Were it rounded with a slice's product, the small parts of other slices would not
+    move the sum by half a unit of the half type, and the final rounding would lose them, the same way in every row.
+    """
+    rows = ((target >= classes.start) & (target < classes.stop)).nonzero().squeeze(1)
+    places = target[rows] - classes.start
+    own = dlogits[rows, places].float().unsqueeze(1) * weight[places]
+    dlogits[rows, places] = 0.0
+    return rows, own
 
 
 def forward(
