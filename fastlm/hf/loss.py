@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import logging
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from copy import deepcopy
 from typing import Any, cast
 
@@ -84,12 +87,10 @@ def _rehearse(model: Any) -> tuple[str | None, str]:
     if "_loss_function" in model.__dict__:
         return None, "the model's loss_function was set: fused where it calls cross_entropy on the logits"
     try:
-        with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            with FakeTensorMode(allow_non_fake_inputs=True) as mode:
-                copy = _copy(model, mode)
-                copy(**_batch(model))
-                logits = copy.get_output_embeddings()._fastlm_logits
+        with torch.random.fork_rng(devices=[]), _quiet(), FakeTensorMode(allow_non_fake_inputs=True) as mode:
+            copy = _copy(model, mode)
+            copy(**_batch(model))
+            logits = copy.get_output_embeddings()._fastlm_logits
     except Exception:  # any code may run here; what it does not like about the copy says nothing about the model
         return None, ""
     if logits.fused is None:
@@ -97,6 +98,19 @@ def _rehearse(model: Any) -> tuple[str | None, str]:
     factor, softcap = logits.fused
     changes = ("" if factor == 1.0 else f"scaled by {factor:g}", "" if softcap is None else f"softcap {softcap:g}")
     return None, ", ".join(change for change in changes if change)
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """No warnings, and no log of what fake tensors cannot do: it would read as an error of the model's."""
+    log = logging.getLogger("torch._subclasses.fake_tensor")
+    before, log.disabled = log.disabled, True
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        log.disabled = before
 
 
 def _copy(model: Any, mode: FakeTensorMode) -> Any:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections import Counter
 from typing import Any
 
@@ -175,3 +176,34 @@ def test_autocast_and_checkpointing(name: str) -> None:
         assert ours[2][key].dtype == stock[2][key].dtype
         error, allowed = ((grads[2][key] - right).norm().item() for grads in (ours, stock))
         assert error <= 1.5 * allowed + 2 * 2**-8 * right.norm().item(), f"{name} {key}: {error:.2e}, {allowed:.2e}"
+
+
+def test_torch_compile() -> None:
+    torch._dynamo.reset()
+    model = zoo.build("llama", num_hidden_layers=1)
+    inputs = {**batches("llama")["left"], "use_cache": False}
+    stock = step(model, inputs)
+    fastlm.hf.enable(model)
+    model.zero_grad()
+    compiled = torch.compile(model, backend="aot_eager")
+    outputs = compiled(**inputs)
+    outputs.loss.backward()
+    where = real(inputs, "llama")
+    grads = {name: p.grad for name, p in model.named_parameters()}
+    assert_same_step((outputs.logits, outputs.loss, grads), stock, where, "compiled")
+
+
+def test_experts_in_float32_are_enabled_without_a_word(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Fake tensors cannot run their grouped product, and torch logs that as an error."""
+    from transformers import MixtralConfig, MixtralForCausalLM
+
+    sizes = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1, "vocab_size": zoo.VOCAB}
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "num_local_experts": 2, "pad_token_id": 0}
+    model = MixtralForCausalLM(MixtralConfig(**sizes, **heads))
+    inputs = zoo.inputs("llama")
+    stock = step(model, inputs)
+    logged: list[logging.LogRecord] = []
+    monkeypatch.setattr(logging.Logger, "handle", lambda self, record: self.disabled or logged.append(record))
+    fastlm.hf.enable(model)
+    assert not logged
+    assert_same_step(step(model, inputs), stock, slice(None), "mixtral")
