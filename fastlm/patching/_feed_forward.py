@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import operator
-import warnings
 from collections.abc import Callable
-from copy import copy
 from typing import Any, NamedTuple, cast
 
 import torch
@@ -17,6 +15,7 @@ from fastlm import ops
 from fastlm.nn._modules import unheard
 from fastlm.patching import _layers
 from fastlm.patching._swap import STATE, own
+from fastlm.patching._trace import settings_of, trace, unchanged, weightless
 
 PLAN = f"{STATE}plan"
 _TORCH: dict[str, Callable[[Tensor], Tensor]] = {
@@ -66,11 +65,11 @@ class Plan(NamedTuple):
 
     def holds(self, module: nn.Module) -> bool:
         """Whether the module is still what was recognised. Children with weights may have become any others."""
-        if not _unchanged(module, self.settings) or _has_any_global_hook():
+        if not unchanged(module, self.settings) or _has_any_global_hook():
             return False
         for name, kind, settings in self.silent:
             child = module._modules.get(name)
-            if child is None or own(type(child)) is not kind or not unheard(child) or not _unchanged(child, settings):
+            if child is None or own(type(child)) is not kind or not unheard(child) or not unchanged(child, settings):
                 return False
         return True
 
@@ -113,16 +112,14 @@ def recognise(module: nn.Module) -> Plan | None:
     attributes is noted, so that a later change sends the call back to the original.
     """
     children = {name: child for name, child in module._modules.items() if child is not None}
-    if type(module).__module__.partition(".")[0] in ("torch", "fastlm") or not 2 <= len(children) <= 6:
+    if not 2 <= len(children) <= 6:
         return None
     if any(True for _ in (*module.parameters(recurse=False), *module.buffers(recurse=False))):
         return None
-    if any(isinstance(value, list | dict | set) for name, value in module.__dict__.items() if not name.startswith("_")):
-        return None  # which a forward might fill, unseen
-    weighted = [name for name, child in children.items() if not _weightless(child)]
+    weighted = [name for name, child in children.items() if not weightless(child)]
     if len(weighted) not in (2, 3):
         return None
-    plans = {_trace(module, training) for training in (True, False)}
+    plans = {_plan(module, training) for training in (True, False)}
     plan = plans.pop()
     if plans or plan is None:
         return None
@@ -130,28 +127,14 @@ def recognise(module: nn.Module) -> Plan | None:
     if not called.issuperset(weighted):
         return None
     silent = tuple(
-        Silent(name, own(type(child)), _settings(child)) for name, child in children.items() if name not in called
+        Silent(name, own(type(child)), settings_of(child)) for name, child in children.items() if name not in called
     )
-    return plan._replace(silent=silent, settings=_settings(module))
+    return plan._replace(silent=silent, settings=settings_of(module))
 
 
-class _Tracer(fx.Tracer):
-    def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
-        return not _weightless(m) or m.__module__.startswith("torch.nn")
-
-
-def _trace(module: nn.Module, training: bool) -> Plan | None:
-    probe = copy(module)  # what the forward sets on itself stays there
-    probe.training = training
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            graph = _Tracer().trace(probe)
-    except Exception:  # a forward that cannot be traced may raise anything, and is no feed-forward module
-        return None
-    if probe.__dict__ != {**module.__dict__, "training": training}:  # it counts, or keeps what it computed
-        return None
-    return _Match(graph, probe).plan()
+def _plan(module: nn.Module, training: bool) -> Plan | None:
+    graph = trace(module, training)
+    return None if graph is None else _Match(graph, module).plan()
 
 
 class _Match:
@@ -255,20 +238,3 @@ def _halved(node: fx.Node) -> Any:
         return None
     arguments = dict(zip(("input", "chunks", "dim"), node.args, strict=False)) | node.kwargs
     return arguments.get("input") if (arguments.get("chunks"), arguments.get("dim")) == (2, -1) else None
-
-
-def _weightless(module: nn.Module) -> bool:
-    """An activation, dropout: nothing in it."""
-    return not (module._modules or module._parameters or module._buffers)
-
-
-def _settings(module: nn.Module) -> tuple[tuple[str, Any], ...]:
-    return tuple(
-        (name, value) for name, value in module.__dict__.items()
-        if not name.startswith("_") and name != "training" and isinstance(value, bool | int | float | str | None)
-    )  # fmt: skip
-
-
-def _unchanged(module: nn.Module, settings: tuple[tuple[str, Any], ...]) -> bool:
-    have = module.__dict__
-    return all(name in have and have[name] == value for name, value in settings)

@@ -16,7 +16,7 @@ import fastlm.nn
 
 NEVER = 1 << 62
 GLU, GELU_TANH = 1 << 15, 1 << 13
-_LAYER_NORM, _RMS_NORM, _LOSS = 1 << 18, 1 << 12, 1 << 19
+_LAYER_NORM, RMS_NORM, _LOSS = 1 << 18, 1 << 12, 1 << 19
 _ATTENTION, _ATTENTION_ALONE = 1 << 14, 1 << 18  # torch has fast paths of its own for evaluation without gradients
 _HALF = (torch.bfloat16, torch.float16)
 
@@ -50,7 +50,7 @@ class LayerNorm(fastlm.nn.LayerNorm):
 
 class RMSNorm(fastlm.nn.RMSNorm):
     def forward(self, x: Tensor) -> Tensor:
-        if torch_s(x, _RMS_NORM):
+        if torch_s(x, RMS_NORM):
             return nn.RMSNorm.forward(self, x)
         return super().forward(x)
 

@@ -9,6 +9,7 @@ from fastlm.patching._feed_forward import PLAN, FeedForward, recognise
 from fastlm.patching._kinds import KINDS, Kind, kind_of, looks_like, overridden
 from fastlm.patching._obstacles import obstacle
 from fastlm.patching._report import Report
+from fastlm.patching._rms_norm import FORMULA, RecognisedRMSNorm, recognise_rms_norm
 from fastlm.patching._swap import ENABLED, restore, swap, swapped
 
 
@@ -25,7 +26,7 @@ def patch(
     Args:
         model: any torch.nn.Module; compiled by torch.compile, or wrapped in DistributedDataParallel, too.
         attention: torch.nn.MultiheadAttention, TransformerEncoderLayer, TransformerDecoderLayer and their stacks.
-        norm: torch.nn.LayerNorm, RMSNorm.
+        norm: torch.nn.LayerNorm, RMSNorm; modules of any class that compute RMSNorm.
         mlp: torch.nn.GELU; modules of any class that compute down(act(gate(x)) * up(x)), with gate and up in one
             product or two, or fc2(gelu(fc1(x))) with a gelu of torch.nn.functional; act is SiLU or GELU.
         loss: torch.nn.CrossEntropyLoss, LinearCrossEntropyLoss.
@@ -97,8 +98,8 @@ def _visit(
         like = looks_like(module)
         if like is not None and wanted[like[1]]:
             report.leave(name, like[0], like[1], obstacle(module) or f"it is quantised ({type(module).__module__})")
-        elif like is None and wanted["mlp"]:
-            _feed_forward(name, module, report, done, covered)
+        elif like is None:
+            _own_class(name, module, wanted, report, done, covered)
         return
     if not wanted[kind.part]:
         return
@@ -125,28 +126,46 @@ def _reason(module: nn.Module, kind: Kind) -> str | None:
     return f"its class has its own {', '.join(changed)}" if changed else None
 
 
-def _feed_forward(name: str, module: nn.Module, report: Report, done: list[nn.Module], covered: set[int]) -> None:
-    if swapped(module) is FeedForward:
-        report.leave(name, type(module).__name__, "mlp", "it is replaced already")
+def _own_class(
+    name: str, module: nn.Module, wanted: dict[str, bool], report: Report, done: list[nn.Module], covered: set[int]
+) -> None:
+    """A module of a user's class: replaced where its forward is recognised."""
+    kind, layer = type(module).__name__, swapped(module)
+    if layer is not None:
+        part = _PART_OF.get(layer)
+        if part is not None and wanted[part]:
+            report.leave(name, kind, part, "it is replaced already")
         return
-    plan = recognise(module) if swapped(module) is None else None
-    if plan is None:
+    plan = recognise(module) if wanted["mlp"] else None
+    formula = recognise_rms_norm(module) if plan is None and wanted["norm"] else None
+    if plan is None and formula is None:
         return
+    part = "norm" if plan is None else "mlp"
     reason = obstacle(module)
     if reason is not None:
-        report.leave(name, type(module).__name__, "mlp", reason)
+        report.leave(name, kind, part, reason)
         return
     done.append(module)
+    if plan is None:
+        swap(module, RecognisedRMSNorm)
+        setattr(module, FORMULA, formula)
+        report.replace(name, kind, part, "ops.rms_norm")
+        return
     swap(module, FeedForward)
     setattr(module, PLAN, plan)
     covered |= {id(module.get_submodule(child.name)) for child in plan.silent}
-    report.replace(name, type(module).__name__, "mlp", plan.op)
+    report.replace(name, kind, part, plan.op)
+
+
+_PART_OF: dict[type, str] = {FeedForward: "mlp", RecognisedRMSNorm: "norm"}
 
 
 def _nothing(wanted: dict[str, bool], report: Report) -> str:
     if any(entry.reason == "it is replaced already" for entry in report.left):
         return f"model is patched already: there is nothing more to replace. {report}"
     names = [f"torch.nn.{kind.original.__name__}" for kind in KINDS.values() if wanted[kind.part]]
+    if wanted["norm"]:
+        names.append("RMSNorms of any class")
     if wanted["mlp"]:
         names.append("feed-forward modules with a SiLU or GELU")
     if not names:

@@ -35,7 +35,7 @@ def test_nothing_to_replace() -> None:
     before = identity(model)
     with pytest.raises(ValueError, match=r"nothing to replace, of torch\.nn\.LayerNorm.* feed-forward modules"):
         fastlm.patch(model)
-    with pytest.raises(ValueError, match=r"of torch\.nn\.LayerNorm, torch\.nn\.RMSNorm\. "):
+    with pytest.raises(ValueError, match=r"of torch\.nn\.LayerNorm, torch\.nn\.RMSNorm, RMSNorms of any class\. "):
         fastlm.patch(model, attention=False, mlp=False, loss=False)
     with pytest.raises(ValueError, match="all False"):
         fastlm.patch(model, attention=False, norm=False, mlp=False, loss=False)
