@@ -20,6 +20,7 @@ from torch.nn import Module
 from torch.nn.modules.module import _has_any_global_hook
 
 from fastlm import _dispatch
+from fastlm.nn import _one_call
 from fastlm.nn import functional as F
 from fastlm.nn._modules import runs, unheard
 from fastlm.nn.activation import GELU
@@ -83,11 +84,17 @@ def _activate(activation: Any, x: Tensor, ours: bool) -> Tensor:
     """activation(x); relu over x itself where that is ours alone and autograd, to which it may be a view, is off."""
     if activation is torch.nn.functional.relu:
         return torch.relu_(x) if ours and not torch.is_grad_enabled() else torch.relu(x)
+    approximate = _gelu(activation)
+    return activation(x) if approximate is None else F.gelu(x, approximate)
+
+
+def _gelu(activation: Any) -> str | None:
+    """The argument `approximate` of an activation that is gelu, else None."""
     if activation is torch.nn.functional.gelu:
-        return F.gelu(x)
+        return "none"
     if isinstance(activation, torch.nn.GELU) and runs(activation, torch.nn.GELU, GELU):
-        return F.gelu(x, activation.approximate)
-    return activation(x)
+        return activation.approximate
+    return None
 
 
 def _feed_forward(layer: Any, x: Tensor) -> Tensor:
@@ -126,7 +133,8 @@ def _adopt(module: Module, given: Sequence[object]) -> None:
 
 
 class TransformerEncoderLayer(torch.nn.TransformerEncoderLayer):
-    """torch.nn.TransformerEncoderLayer over fused attention, gelu, linear layers, dropout, and addition with norm.
+    """torch.nn.TransformerEncoderLayer over fused attention, gelu, linear layers, dropout, and addition with norm; as
+    one node of autograd where ops.transformer_block has what it asks for (norm_first, gelu, batch_first).
 
     Evaluation gives what training gives. Torch's fast path of evaluation, which reads float masks as bool, gives NaN
     where a query sees no key, and ignores is_causal without src_mask (refused here), is taken for short sequences
@@ -148,6 +156,10 @@ class TransformerEncoderLayer(torch.nn.TransformerEncoderLayer):
             return super().forward(src, src_mask, src_key_padding_mask, is_causal)
         if src_mask is None and src_key_padding_mask is None and not is_causal and self._is_short(src):
             return super().forward(src)
+        if self.norm_first and src_key_padding_mask is None and (src_mask is None) != is_causal:
+            parameters = self._parameters_of_one_call(src)
+            if parameters is not None:
+                return self._in_one_call(src, parameters, is_causal)
 
         def attend(x: Tensor) -> Tensor:
             return _attend(self.self_attn, x, x, src_mask, src_key_padding_mask, is_causal)
@@ -167,6 +179,36 @@ class TransformerEncoderLayer(torch.nn.TransformerEncoderLayer):
         feed_forward = functools.partial(_feed_forward, self)
         branches = (attend, self.norm1, self.dropout1), (feed_forward, self.norm2, self.dropout2)
         return _residual(x, branches, self.norm_first)
+
+    def _parameters_of_one_call(self, src: Tensor) -> list[Tensor | None] | None:
+        """The parameters as ops.transformer_block takes them, or None where it would not do what the layers do."""
+        attention, norm1, norm2, up, down = self.self_attn, self.norm1, self.norm2, self.linear1, self.linear2
+        if not isinstance(attention, MultiheadAttention) or not runs(attention, MultiheadAttention):
+            return None
+        if not attention.plain() or not attention.batch_first or attention.head_dim > 256:
+            return None
+        if src.dim() != 3 or src.shape[-1] != attention.embed_dim or attention.in_proj_weight is None:
+            return None
+        if not all(runs(norm, torch.nn.LayerNorm, LayerNorm) for norm in (norm1, norm2)) or norm1.eps != norm2.eps:
+            return None
+        rate = _rate(self.dropout1)
+        if rate in (None, 1.0) or _rate(self.dropout2) != rate or _rate(self.dropout) != 0.0:
+            return None
+        if _gelu(self.activation) is None or not (_is_linear(up) and _is_linear(down)):
+            return None
+        parameters: list[Tensor | None] = [
+            norm1.weight, norm1.bias, attention.in_proj_weight, attention.in_proj_bias, attention.out_proj.weight,
+            attention.out_proj.bias, norm2.weight, norm2.bias, up.weight, up.bias, down.weight, down.bias,
+        ]  # fmt: skip
+        return parameters if _one_call.fit(src, parameters) else None
+
+    def _in_one_call(self, src: Tensor, parameters: list[Tensor | None], is_causal: bool) -> Tensor:
+        attention = self.self_attn
+        return _one_call.run(
+            src, parameters, heads=attention.num_heads, causal=is_causal, eps=self.norm1.eps,
+            activation="gelu" if _gelu(self.activation) == "none" else "gelu_tanh",
+            attention_dropout=attention.dropout if attention.training else 0.0, dropout=_rate(self.dropout1),
+        )  # fmt: skip
 
     def _packs(self) -> bool:
         """Whether _run() may be called in place of the layer, on the real positions of a batch alone."""

@@ -6,15 +6,15 @@ from typing import cast
 
 import torch
 from torch import Tensor
-from torch.nn import Dropout, Linear, Module, Parameter
+from torch.nn import Dropout, Linear, Module
 from torch.nn.modules.module import _has_any_global_hook
 
-from fastlm.nn._autocast import autocast_dtype, lower
+from fastlm.nn import _one_call
 from fastlm.nn._modules import unheard
 from fastlm.nn.attention import KVCache, SelfAttention
 from fastlm.nn.mlp import MLP
 from fastlm.nn.norm import LayerNorm, RMSNorm, add_dropped, add_norm
-from fastlm.ops.transformer_block import ACTIVATIONS, LINEAR, takes, transformer_block
+from fastlm.ops.transformer_block import ACTIVATIONS
 
 
 def make_norm(
@@ -84,7 +84,7 @@ class TransformerBlock(torch.nn.Module):
 
     def forward(self, x: Tensor, rope: tuple[Tensor, Tensor] | None = None, cache: KVCache | None = None) -> Tensor:
         """x (B, S, C) -> (B, S, C); rope and cache as SelfAttention."""
-        if cache is None and takes(x):
+        if cache is None:
             parameters = self._parameters_of_one_call(x, rope)
             if parameters is not None:
                 return self._in_one_call(x, parameters, rope)
@@ -95,17 +95,12 @@ class TransformerBlock(torch.nn.Module):
 
     def _in_one_call(self, x: Tensor, parameters: list[Tensor | None], rope: tuple[Tensor, Tensor] | None) -> Tensor:
         attention, norm = self.attention, self.norm1
-        dtype = autocast_dtype(x.device)
-        lowered = None
-        if dtype is not None and dtype is not parameters[2].dtype:  # type: ignore[union-attr]
-            with torch.no_grad():  # the op makes the gradients of the parameters themselves
-                lowered = [lower(parameters[i], dtype) for i in LINEAR]
         layer = isinstance(norm, LayerNorm)
-        return transformer_block(
+        return _one_call.run(
             x, parameters, rope, heads=attention.heads, kv_heads=attention.kv_heads, causal=attention.causal,
             activation=self.mlp.activation, norm="layer" if layer else "rms", eps=cast(float, norm.eps),
             attention_dropout=attention.dropout if attention.training else 0.0,
-            dropout=self.dropout.p if self.dropout.training else 0.0, lowered=lowered,
+            dropout=self.dropout.p if self.dropout.training else 0.0,
         )  # fmt: skip
 
     def _parameters_of_one_call(self, x: Tensor, rope: tuple[Tensor, Tensor] | None) -> list[Tensor | None] | None:
@@ -118,7 +113,7 @@ class TransformerBlock(torch.nn.Module):
             return None
         if norm1.eps is None or norm1.eps != norm2.eps:
             return None
-        if mlp.activation not in ACTIVATIONS or attention.head_width > 256 or not x.numel():
+        if mlp.activation not in ACTIVATIONS or attention.head_width > 256:
             return None
         if rope is not None and 2 * rope[0].shape[-1] != attention.head_width:
             return None
@@ -129,14 +124,7 @@ class TransformerBlock(torch.nn.Module):
             norm1.weight, biases[0], attention.qkv.weight, attention.qkv.bias, attention.out.weight,
             attention.out.bias, norm2.weight, biases[1], mlp.up.weight, mlp.up.bias, mlp.down.weight, mlp.down.bias,
         ]  # fmt: skip
-        first, dtype, low = norm1.weight, x.dtype, autocast_dtype(x.device)
-        if first is None or norm2.weight is None or low not in (None, torch.bfloat16):
-            return None
-        trained = first.requires_grad
-        for p in parameters:
-            if p is not None and (type(p) is not Parameter or p.dtype is not dtype or p.requires_grad is not trained):
-                return None
-        return parameters
+        return parameters if _one_call.fit(x, parameters) else None
 
 
 class EncoderBlock(torch.nn.Module):

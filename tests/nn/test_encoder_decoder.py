@@ -14,6 +14,7 @@ from torch.nn.utils import parametrizations
 
 import fastlm
 from fastlm import nn, ops, patching
+from fastlm.nn import _one_call
 from tests.nn.beside_torch import agree, close, pair, results
 
 B, S, T, E, H, F = 3, 7, 5, 32, 4, 48
@@ -32,17 +33,18 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> dict[str, int]:
     """How often each op ran."""
     counts: dict[str, int] = {}
 
-    def count(name: str) -> None:
-        inner = getattr(ops, name)
+    def count(module: Any, name: str) -> None:
+        inner = getattr(module, name)
 
         def spy(*args: Any, **kwargs: Any) -> Any:
             counts[name] = counts.get(name, 0) + 1
             return inner(*args, **kwargs)
 
-        monkeypatch.setattr(ops, name, spy)
+        monkeypatch.setattr(module, name, spy)
 
     for name in ("attention", "attention_varlen", "add_layer_norm", "gelu", "dropout", "dropout_add"):
-        count(name)
+        count(ops, name)
+    count(_one_call, "transformer_block")
     return counts
 
 
@@ -61,9 +63,11 @@ def test_encoder_layer(norm_first: bool, activation: str, batch_first: bool, bia
     options = {"activation": ACTIVATIONS[activation], "batch_first": batch_first, "norm_first": norm_first}
     layers = pair("TransformerEncoderLayer", *LAYER, bias=bias, **options)
     agree(layers, [batch(S, batch_first)])
-    assert calls["attention"] == 1 and calls["add_layer_norm"] == (1 if norm_first else 2)
-    assert calls.get("gelu", 0) == (activation in ("gelu", "module", "tanh"))
-    assert calls.get("dropout_add", 0) == 0  # there is none to make
+    gelu = activation in ("gelu", "module", "tanh")
+    if norm_first and gelu and batch_first:
+        assert calls == {"transformer_block": 1}
+    else:
+        assert calls == {"attention": 1, "add_layer_norm": 1 if norm_first else 2, **({"gelu": 1} if gelu else {})}
 
 
 @pytest.mark.parametrize("norm_first", [False, True], ids=["post", "pre"])
@@ -182,6 +186,63 @@ def test_autocast(name: str, activation: str) -> None:
     for a, b, c in zip(*found, exact, strict=True):
         assert a.dtype is b.dtype
         assert (a - c).square().mean().sqrt() <= 3 * (b - c).square().mean().sqrt()
+
+
+def whole_block(**options: Any) -> tuple[Any, Any]:
+    return pair("TransformerEncoderLayer", *LAYER, "gelu", batch_first=True, norm_first=True, **options)
+
+
+@pytest.mark.parametrize("precision", ["float32", "bfloat16", "autocast"])
+def test_a_pre_norm_layer_in_one_call(precision: str, calls: dict[str, int]) -> None:
+    ours, theirs = whole_block()
+    x = torch.randn(16, 20, E)
+    causal = {"src_mask": torch.ones(20, 20, dtype=torch.bool).triu(1), "is_causal": True}
+    for options in ({}, causal):
+        exact = results(copy.deepcopy(theirs).double(), [x], dtype=torch.float64, **options)
+        dtype = torch.bfloat16 if precision == "bfloat16" else torch.float32
+        with torch.autocast("cpu", torch.bfloat16, enabled=precision == "autocast"):
+            found = [results(copy.deepcopy(layer).to(dtype), [x.to(dtype)], **options) for layer in (ours, theirs)]
+        for a, b, c in zip(*found, exact, strict=True):
+            assert a.dtype is b.dtype
+            assert (a - c).square().mean().sqrt() <= 3 * (b - c).square().mean().sqrt() + 1e-6 * c.abs().max()
+    assert calls == {"transformer_block": 2}
+
+
+def test_what_one_call_would_not_do(calls: dict[str, int]) -> None:
+    x = batch(S)
+
+    def by_layers(change: Any, **options: Any) -> None:
+        calls.clear()
+        layers = whole_block()
+        for layer in layers:
+            change(layer)
+        agree(layers, [x], **options)
+        assert "transformer_block" not in calls and "attention" in calls
+
+    def nothing(layer: Any) -> None:
+        pass
+
+    by_layers(nothing, src_mask=CAUSAL)
+    by_layers(nothing, src_key_padding_mask=PADDING)
+    by_layers(lambda layer: layer.linear2.register_forward_hook(lambda module, args, out: out + 1))
+    by_layers(lambda layer: layer.linear1.weight.requires_grad_(False))
+    by_layers(lambda layer: parametrizations.weight_norm(layer.linear2))
+    by_layers(lambda layer: setattr(layer.norm1, "eps", 0.1))
+    by_layers(lambda layer: setattr(layer.dropout1, "p", 1.0))
+
+
+def test_dropout_of_a_layer_in_one_call(calls: dict[str, int]) -> None:
+    layer = whole_block()[0]
+    x = torch.randn(64, 32, E)
+    with torch.no_grad():
+        for p in (layer.linear2.weight, layer.linear2.bias, layer.self_attn.out_proj.bias):
+            p.zero_()
+        branch = layer(x) - x
+        layer.dropout1.p = layer.dropout2.p = 0.25
+        dropped = layer(x) - x
+    kept = dropped != 0
+    torch.testing.assert_close(dropped[kept], branch[kept] / 0.75, rtol=1e-4, atol=1e-5)
+    assert abs(kept.float().mean() - 0.75) < 0.01 and calls == {"transformer_block": 2}
 
 
 # --- dropout ---------------------------------------------------------------------------------------------------------

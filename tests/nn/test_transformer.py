@@ -11,8 +11,7 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 import fastlm
-from fastlm.nn import KVCache, RotaryEmbedding, TransformerBlock
-from fastlm.nn import transformer as module
+from fastlm.nn import KVCache, RotaryEmbedding, TransformerBlock, _one_call
 
 STYLES = {
     "gpt2": {"activation": "gelu_tanh"},
@@ -25,13 +24,13 @@ STYLES = {
 def calls(monkeypatch: pytest.MonkeyPatch) -> list[bool]:
     """One entry for each call of the whole block."""
     found: list[bool] = []
-    whole = module.transformer_block
+    whole = _one_call.transformer_block
 
     def noted(*args, **kwargs):
         found.append(True)
         return whole(*args, **kwargs)
 
-    monkeypatch.setattr(module, "transformer_block", noted)
+    monkeypatch.setattr(_one_call, "transformer_block", noted)
     return found
 
 
@@ -55,7 +54,7 @@ def test_same_numbers_as_the_layers(
     with torch.autocast("cpu", torch.bfloat16) if precision == "autocast" else nullcontext():
         whole = run(block, x, rope)
         assert calls == [True]
-        monkeypatch.setattr(module, "takes", lambda x: False)
+        monkeypatch.setattr(_one_call, "takes", lambda x: False)
         layers = run(block, x, rope)
     assert calls == [True]
     assert torch.equal(whole[0], layers[0])
