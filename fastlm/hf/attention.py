@@ -79,11 +79,12 @@ def attention(
         _warn(module, 'attn_implementation="fastlm" gives no attention weights: use "eager" for output_attentions=True')
     dtype = autocast_dtype(query.device)
     query, key, value = (lower(t, dtype) for t in (query, key, value))  # type: ignore[assignment]
-    s, t = query.shape[2], key.shape[2]
-    pattern = _pattern(module, attention_mask, is_causal, sliding_window, s, t)
+    b, s, t = max(query.shape[0], key.shape[0]), query.shape[2], key.shape[2]
+    pattern = _pattern(module, attention_mask, is_causal, sliding_window, b, s, t)
     if pattern is not None:
         attention_mask = None
-    varlen = cu_seq_lens_q is not None and position_bias is None and pattern is not None and _apart(pattern)
+    # Cross-attention gets the decoder's lengths as well, which are not those of its keys.
+    varlen = cu_seq_lens_q is not None and s == t and position_bias is None and pattern is not None and _apart(pattern)
     if not varlen and pattern is not None and s > 1:
         _look_for_leaks(module, pattern, position_ids)
     options: dict[str, Any] = {"softcap": softcap, "sinks": s_aux, "scale": scaling, "dropout": dropout}
@@ -92,8 +93,7 @@ def attention(
         out = _packed(query, key, value, pattern, cu_seq_lens_q, cu_seq_lens_k, max_length_q, max_length_k, options)
         return out, None
     if query.shape[0] != key.shape[0]:
-        batch = max(query.shape[0], key.shape[0])
-        query, key, value = (x.expand(batch, -1, -1, -1) for x in (query, key, value))
+        query, key, value = (x.expand(b, -1, -1, -1) for x in (query, key, value))
     if pattern is not None:
         options |= {"causal": pattern.causal, "window": pattern.window, "documents": pattern.documents}
     out = ops.attention(query, key, value, mask=_with_bias(attention_mask, position_bias), **options)
@@ -101,7 +101,7 @@ def attention(
 
 
 def _pattern(
-    module: nn.Module, mask: Tensor | None, is_causal: bool | None, sliding_window: int | None, s: int, t: int
+    module: nn.Module, mask: Tensor | None, is_causal: bool | None, sliding_window: int | None, b: int, s: int, t: int
 ) -> Pattern | None:
     """The call's mask as options; None where it has to be read as it is."""
     if mask is None:
@@ -112,9 +112,7 @@ def _pattern(
         side = None if sliding_window is None else sliding_window - 1
         return Pattern(causal, None if side is None else (side, None if causal else side))
     pattern = pattern_of(mask)
-    if pattern is None or mask.shape[-2:] != (s, t):
-        return None
-    return pattern
+    return pattern if mask.shape[0] == b and mask.shape[-2:] == (s, t) else None
 
 
 def _apart(pattern: Pattern) -> bool:
@@ -176,6 +174,8 @@ def _look_for_leaks(module: nn.Module, pattern: Pattern, position_ids: Tensor | 
     if position_ids is None or position_ids.dim() != 2 or pattern.packed or not pattern.causal:
         return
     if type(position_ids) is not Tensor or torch.compiler.is_compiling():  # no numbers to look at
+        return
+    if position_ids.is_cuda and torch.cuda.is_current_stream_capturing():
         return
     if _looked_at and _looked_at[0]() is position_ids:
         return

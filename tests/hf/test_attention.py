@@ -151,6 +151,18 @@ def test_a_batch_of_one_is_expanded() -> None:
     out, _ = hf_attention.attention(layer(), q[:1], k, v, None)
     want, _ = hf_attention.attention(layer(), q[:1].expand(B, -1, -1, -1), k, v, None)
     assert_same_bits([out], [want])
+    mask = masking_utils.create_causal_mask(config(), torch.empty(1, S, H * D), padding("left")[:1], None)
+    both(mask, tensors=[q, k, v])  # of another batch than its note
+
+
+def test_cross_attention_beside_flattened_sequences() -> None:
+    """The decoder hands its lengths to both attentions."""
+    q, k, v = (t[:1] for t in operands(t=29))
+    cu = torch.tensor([0, 5, 13])
+    kwargs = {"cu_seq_lens_q": cu, "cu_seq_lens_k": cu, "max_length_q": 8, "max_length_k": 8}
+    out, _ = hf_attention.attention(layer(is_causal=False), q, k, v, None, **kwargs)
+    want, _ = hf_attention.attention(layer(is_causal=False), q, k, v, None)
+    assert_same_bits([out], [want])
 
 
 @pytest.mark.parametrize("kind", ["or", "and", "blocks", "four dimensions", "added"])
