@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any, TypeVar
+
 from torch.nn import Module
+
+F = TypeVar("F", bound=Callable[..., Any])
 
 
 def unheard(module: Module) -> bool:
@@ -13,8 +18,19 @@ def unheard(module: Module) -> bool:
     )  # fmt: skip
 
 
+def same_as(layer: type[Module]) -> Callable[[F], F]:
+    """Says of a forward that it computes what layer's does: runs() takes the one for the other."""
+
+    def mark(forward: F) -> F:
+        forward._fastlm_same_as = layer.forward  # type: ignore[attr-defined]
+        return forward
+
+    return mark
+
+
 def runs(module: Module, *layers: type[Module]) -> bool:
     """Whether to call the module is to run one of these layers' forward on its attributes, and nothing else. True of a
     subclass that leaves the forward alone, such as a parametrized layer's."""
     forward = type(module).forward
+    forward = getattr(forward, "_fastlm_same_as", forward)
     return any(forward is layer.forward for layer in layers) and unheard(module)

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 import fastlm.nn
+from fastlm.nn._modules import same_as
 
 NEVER = 1 << 62
 GLU, GELU_TANH = 1 << 15, 1 << 13
@@ -81,6 +82,7 @@ def _attention_limit() -> int:
 
 
 class MultiheadAttention(fastlm.nn.MultiheadAttention):
+    @same_as(fastlm.nn.MultiheadAttention)
     def forward(self, query: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor | None]:
         if torch_s(query, _attention_limit()):
             return nn.MultiheadAttention.forward(self, query, *args, **kwargs)

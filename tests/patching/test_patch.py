@@ -12,6 +12,8 @@ import torch
 from torch import Tensor, nn
 
 import fastlm
+from fastlm import native
+from fastlm.nn import _one_call
 from fastlm.patching import Report
 from tests.patching.zoo import MODELS, WIDTH, Calls, SwiGLU, build, inputs
 
@@ -282,3 +284,19 @@ def test_layers_that_share_a_weight_or_are_one_layer() -> None:
     assert model.second.weight is model.first.weight and model.again is model.first
     for found, want in zip(torch.autograd.grad(model(x), list(model.parameters()), upstream), expected, strict=True):
         assert error(found, want) <= 1e-5
+
+
+def test_a_pre_norm_layer_is_one_op(monkeypatch: pytest.MonkeyPatch) -> None:
+    layer = nn.TransformerEncoderLayer(WIDTH, 4, 64, 0.0, "gelu", batch_first=True, norm_first=True)
+    x, calls = torch.randn(2, 8, WIDTH), []
+    stock = layer(x)
+    fastlm.patch(layer)
+    run_one = _one_call.run
+
+    def spy(*args: Any, **options: Any) -> Tensor:
+        calls.append(options)
+        return run_one(*args, **options)
+
+    monkeypatch.setattr(_one_call, "run", spy)
+    found = layer(x)
+    assert error(found, stock) <= 1e-5 and len(calls) == (native.isa() is not None)
