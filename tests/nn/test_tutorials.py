@@ -147,3 +147,23 @@ def test_with_dropout_it_learns_as_well(program: Any) -> None:
     found, expected = program(nn, fastlm.nn.functional, 0.1), program(torch.nn, torch.nn.functional, 0.1)
     assert all(abs(a - b) < 0.35 for a, b in zip(found[:6], expected[:6], strict=True))
     assert found[5] < found[0]
+
+
+def test_a_masked_transformer_compiles_into_one_graph() -> None:
+    """Torch's own looks at the mask's values for causality, which breaks the graph."""
+    torch._dynamo.reset()
+    model = nn.Transformer(32, 4, 1, 1, 64, 0.1, "gelu", batch_first=True)
+    whole = torch.compile(model, fullgraph=True, backend="aot_eager")
+    source, target = torch.randn(2, 7, 32, requires_grad=True), torch.randn(2, 5, 32)
+    padding = torch.arange(7) >= torch.tensor([[7], [4]])
+    masks = {
+        "tgt_mask": nn.Transformer.generate_square_subsequent_mask(5),
+        "src_key_padding_mask": padding, "memory_key_padding_mask": padding,
+    }  # fmt: skip
+    found = []
+    for module in (model, whole):
+        torch.manual_seed(1)
+        out = module(source, target, **masks)
+        found.append([out, *torch.autograd.grad(out.square().sum(), source)])
+    for a, b in zip(*found, strict=True):
+        close(a, b)
