@@ -248,13 +248,13 @@ def mlm() -> Recipe:
 
 
 def classify() -> Recipe:
-    """Labelled texts, some thousand of them, sized for two minutes on two CPU cores."""
+    """Labelled texts, some thousand of them, sized for a minute on two CPU cores; longer would only overfit."""
     return Recipe(
         text=TextOptions(tokenizer="word", vocab=8192),
         model=ModelOptions(layers=2, heads=4, width=128, context=64, dropout=0.2),
         train=TrainConfig(
             out=Path("runs/classify"),
-            steps=1000,
+            steps=500,
             batch=32,
             lr=5e-4,
             min_lr=0.0,
@@ -272,7 +272,7 @@ def tag() -> Recipe:
     return replace(
         classify(),
         model=ModelOptions(layers=2, heads=4, width=128, context=128, dropout=0.1),
-        train=replace(classify().train, out=Path("runs/tag"), lr=1e-3, batch=16),
+        train=replace(classify().train, out=Path("runs/tag"), steps=1000, lr=1e-3, batch=16),
         task="tag",
     )
 
@@ -281,18 +281,19 @@ def seq2seq() -> Recipe:
     """Parallel text, some ten thousand sentences, sized for ten minutes on two CPU cores."""
     return Recipe(
         text=TextOptions(vocab=4096),
-        model=ModelOptions(layers=3, decoder_layers=3, heads=4, width=256, context=64, dropout=0.1),
+        model=ModelOptions(layers=2, heads=4, width=256, context=64, dropout=0.1),
         train=TrainConfig(
             out=Path("runs/seq2seq"),
-            steps=3000,
+            steps=2000,
             batch=64,
             lr=1e-3,
             min_lr=0.0,
-            warmup=300,
+            warmup=200,
             schedule="linear",
             weight_decay=0.01,
             beta2=0.98,
             eval_every=250,
+            eval_batches=4,
         ),
         task="seq2seq",
     )
