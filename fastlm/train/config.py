@@ -227,13 +227,13 @@ def shakespeare_char_cpu() -> Recipe:
 
 
 def mlm() -> Recipe:
-    """Masked words of plain text, sized for some minutes on two CPU cores."""
+    """Masked words of plain text, sized for two minutes on two CPU cores: small, or it would not get to see enough."""
     return Recipe(
-        text=TextOptions(vocab=2048),
-        model=ModelOptions(layers=4, heads=4, width=192, context=64),
+        text=TextOptions(vocab=1024),
+        model=ModelOptions(layers=2, heads=4, width=128, context=64),
         train=TrainConfig(
             out=Path("runs/mlm"),
-            steps=2000,
+            steps=2500,
             batch=32,
             lr=2e-3,
             warmup=200,
@@ -278,17 +278,17 @@ def tag() -> Recipe:
 
 
 def seq2seq() -> Recipe:
-    """Parallel text, some ten thousand sentences, sized for ten minutes on two CPU cores."""
+    """Parallel text, some ten thousand sentences, sized for five minutes on two CPU cores."""
     return Recipe(
-        text=TextOptions(vocab=4096),
-        model=ModelOptions(layers=2, heads=4, width=256, context=64, dropout=0.1),
+        text=TextOptions(vocab=2048),
+        model=ModelOptions(layers=2, heads=4, width=128, context=64, dropout=0.1),
         train=TrainConfig(
             out=Path("runs/seq2seq"),
             steps=2000,
             batch=64,
-            lr=1e-3,
+            lr=2e-3,
             min_lr=0.0,
-            warmup=200,
+            warmup=100,
             schedule="linear",
             weight_decay=0.01,
             beta2=0.98,
