@@ -168,7 +168,8 @@ def step_of(model: nn.Module, batch: dict[str, Any], precision: str, name: str) 
     from fastlm.optim import AdamW
 
     if name == OPTIMIZER:
-        optimizer: torch.optim.Optimizer = AdamW(model.parameters(), 1e-5, max_norm=1.0)
+        low = torch.bfloat16 if precision == "bf16" else None
+        optimizer: torch.optim.Optimizer = AdamW(model.parameters(), 1e-5, max_norm=1.0, shadow_dtype=low)
     else:
         optimizer = torch.optim.AdamW(model.parameters(), 1e-5, fused=True)
 
@@ -186,6 +187,8 @@ def step_of(model: nn.Module, batch: dict[str, Any], precision: str, name: str) 
 
 def worker(options: argparse.Namespace) -> None:
     """Prints one JSON line: medians by variant, or the peak of one variant."""
+    import transformers.models.auto.modeling_auto  # noqa: F401  its own memory is nobody's
+
     import fastlm
 
     if options.malloc[0] == "tuned" and not fastlm.tune_malloc():
