@@ -148,9 +148,13 @@ def agree(model: nn.Module, batch: dict[str, Any], precision: str, names: list[s
         return loss.item(), found
 
     def errors(found: list[Tensor]) -> list[float]:
-        return [((mine - true).norm() / true.norm()).item() for mine, true in zip(found, truth, strict=True)]
+        return [
+            ((mine - true).norm() / true.norm().clamp_min(least)).item()
+            for mine, true in zip(found, truth, strict=True)
+        ]
 
     loss, truth = gradients(copy.deepcopy(model).float(), "fp32")
+    least = 1e-3 * max(true.norm() for true in truth)  # the bias of a key has none: what is found there is noise
     own = errors(gradients(model, precision)[1])
     for name in names:
         with variant(model, name):
