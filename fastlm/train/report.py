@@ -76,6 +76,7 @@ class PlainReporter(Reporter):
         self.stream = stream or sys.stdout
         self.seconds = seconds
         self._last = 0.0
+        self._unsaid: Progress | None = None
 
     def start(self, progress: Progress) -> None:
         self._last = time.monotonic()
@@ -84,9 +85,17 @@ class PlainReporter(Reporter):
 
     def step(self, progress: Progress) -> None:
         if time.monotonic() - self._last < self.seconds and progress.fraction < 1:
+            self._unsaid = progress
             return
         self._last = time.monotonic()
-        p = progress
+        self._say(progress)
+
+    def stop(self) -> None:
+        if self._unsaid is not None:  # a run that the clock ends has no step at which it is all over
+            self._say(self._unsaid)
+
+    def _say(self, p: Progress) -> None:
+        self._unsaid = None
         self.message(
             f"{p.fraction:4.0%}  step {p.step}  loss {p.loss:.3f}  {p.speed:,.0f} tokens/s  left {clock(p.left)}"
         )

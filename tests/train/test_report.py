@@ -38,6 +38,14 @@ def test_plain_lines() -> None:
     ]
 
 
+def test_the_last_step_is_told_however_short_the_run() -> None:
+    stream = io.StringIO()
+    reporter = PlainReporter(stream, seconds=1e9)
+    reporter.step(HALF)
+    reporter.stop()
+    assert stream.getvalue() == " 50%  step 50  loss 3.250  12,346 tokens/s  left 0:10\n"
+
+
 def test_live_bar_fits_sixty_columns() -> None:
     from rich.console import Console
 
