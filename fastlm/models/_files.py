@@ -6,13 +6,46 @@ import json
 import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
+from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar, TypeVar, cast
 
 import torch
 from torch import Tensor
 
 WEIGHTS, CONFIG = "model.safetensors", "config.json"
+Model = TypeVar("Model", bound="SavedModel")
+
+
+class SavedModel(torch.nn.Module):
+    """A model made of its config, which a folder can hold.
+
+    Attributes:
+        config_class: a dataclass with from_dict(); the constructor takes one, and keeps it as `config`.
+    """
+
+    config_class: ClassVar[Any]
+
+    def save(self, folder: str | os.PathLike[str]) -> None:
+        """Writes model.safetensors and config.json, each whole or not at all.
+
+        Raises:
+            OSError: the folder cannot be written or the disk is full; what was there stays whole.
+        """
+        save_folder(folder, self.state_dict(), asdict(cast(Any, self.config)))
+
+    @classmethod
+    def load(cls: type[Model], folder: str | os.PathLike[str], device: str = "cpu") -> Model:
+        """The model that save() wrote.
+
+        Raises:
+            FileNotFoundError: the folder or a file of it is missing.
+            ValueError: a file is truncated; weights and config do not belong together.
+        """
+        values = load_config(folder)
+        make: Any = cls
+        config = cls.config_class.from_dict(values)
+        return cast(Model, load_weights(folder, values, lambda: make(config), device))
 
 
 @contextmanager

@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any, NamedTuple, cast
 
 import torch
@@ -23,13 +23,13 @@ from fastlm.models._check import (
     check_tokens,
     config_from_dict,
 )
-from fastlm.models._files import load_config, load_weights, save_folder
+from fastlm.models._files import SavedModel
 from fastlm.models._hf import read_model, write_model
 from fastlm.models._hf_causal import config_from_hf, config_to_hf, state_from_hf, state_to_hf
 from fastlm.models._sampling import check_sampling, evaluating, sample
 from fastlm.nn import Embedding, KVCache, RotaryEmbedding, TransformerBlock
+from fastlm.nn.functional import dropout
 from fastlm.nn.mlp import ACTIVATIONS
-from fastlm.nn.norm import dropped
 from fastlm.nn.transformer import make_norm
 
 
@@ -115,7 +115,7 @@ class CausalLMOutput(NamedTuple):
     """The weights (B, H, S, S) of every layer, where they were asked for."""
 
 
-class CausalLM(nn.Module):
+class CausalLM(SavedModel):
     """embed -> blocks -> norm -> head.
 
     Initialised as GPT-2: weights normal with deviation 0.02, divided by sqrt(2 * layers) for the two projections of
@@ -124,6 +124,8 @@ class CausalLM(nn.Module):
     >>> model = CausalLM(CausalLMConfig.gpt2())
     >>> model(tokens, targets).loss.backward()
     """
+
+    config_class = CausalLMConfig
 
     def __init__(self, config: CausalLMConfig) -> None:
         super().__init__()
@@ -202,7 +204,7 @@ class CausalLM(nn.Module):
         else:
             assert self.rope is not None
             rope = self.rope(S, start, tokens.device)
-        x = dropped(x, self.dropout.p if self.dropout.training else 0.0)
+        x = dropout(x, self.dropout.p if self.dropout.training else 0.0)
         for i, block in enumerate(self.blocks):
             if maps is not None:
                 layer = cast(TransformerBlock, block)
@@ -305,26 +307,6 @@ class CausalLM(nn.Module):
         head = c.vocab_size * c.width if c.tied else 0  # an untied head is counted with the other weights
         length = c.context if length is None else length
         return 6 * (self.num_parameters(embeddings=False) + head) + 12 * c.layers * c.width * length
-
-    def save(self, folder: str | os.PathLike[str]) -> None:
-        """Writes model.safetensors and config.json, each whole or not at all.
-
-        Raises:
-            OSError: the folder cannot be written or the disk is full; what was there stays whole.
-        """
-        save_folder(folder, self.state_dict(), asdict(self.config))
-
-    @classmethod
-    def load(cls, folder: str | os.PathLike[str], device: str = "cpu") -> CausalLM:
-        """The model that save() wrote.
-
-        Raises:
-            FileNotFoundError: the folder or a file of it is missing.
-            ValueError: a file is truncated; weights and config do not belong together.
-        """
-        values = load_config(folder)
-        config = CausalLMConfig.from_dict(values)
-        return cast(CausalLM, load_weights(folder, values, lambda: cls(config), device))
 
     @classmethod
     def from_hf(cls, source: str | os.PathLike[str] | nn.Module) -> CausalLM:

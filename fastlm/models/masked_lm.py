@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple, cast
 
 import torch
@@ -24,12 +24,12 @@ from fastlm.models._check import (
     check_tokens,
     config_from_dict,
 )
-from fastlm.models._files import load_config, load_weights, save_folder
+from fastlm.models._files import SavedModel
 from fastlm.models._hf import read_model, write_model
 from fastlm.models._hf_bert import config_from_hf, config_to_hf, state_from_hf, state_to_hf
 from fastlm.nn import Embedding, EncoderBlock, LayerNorm
+from fastlm.nn.functional import dropout
 from fastlm.nn.mlp import ACTIVATIONS, GATED
-from fastlm.nn.norm import dropped
 
 IGNORE = -100
 HEAD = ("transform.", "bias", "pooler.", "head.")
@@ -120,7 +120,7 @@ class _Transform(nn.Module):
         return cast(Tensor, self.norm(self.activation(self.dense(x))))
 
 
-class MaskedLM(nn.Module):
+class MaskedLM(SavedModel):
     """embed -> norm -> blocks -> head.
 
     mlm: the words' own embedding, after a dense layer, is the head. classify: tanh(dense(first token)), then a linear
@@ -129,6 +129,8 @@ class MaskedLM(nn.Module):
     >>> model = MaskedLM(MaskedLMConfig.bert())
     >>> model(tokens, targets, mask).loss.backward()
     """
+
+    config_class = MaskedLMConfig
 
     def __init__(self, config: MaskedLMConfig) -> None:
         super().__init__()
@@ -205,7 +207,7 @@ class MaskedLM(nn.Module):
         p = self.dropout.p if self.dropout.training else 0.0
         if self.pooler is not None:
             x = torch.tanh(self.pooler(x[:, 0]))  # (B, C)
-        logits = self.head(dropped(x, p))
+        logits = self.head(dropout(x, p))
         if targets is None:
             return MaskedLMOutput(None, logits, maps)
         weights = None if c.class_weights is None else torch.tensor(c.class_weights, device=x.device)
@@ -235,7 +237,7 @@ class MaskedLM(nn.Module):
             added = added + self.segments(segments)
         elif self.segments is not None:
             added = added + self.segments.weight[0]
-        x = dropped(self.norm(self.embed(tokens) + added), self.dropout.p if self.dropout.training else 0.0)
+        x = dropout(self.norm(self.embed(tokens) + added), self.dropout.p if self.dropout.training else 0.0)
         for block in self.blocks:
             if maps is not None:
                 maps.append(cast(EncoderBlock, block).attention.maps(x, mask=mask))
@@ -276,26 +278,6 @@ class MaskedLM(nn.Module):
             assert c.classes is not None
             head = (c.width + c.classes) * c.width / length if c.head == "classify" else c.classes * c.width
         return 6 * (blocks + round(head)) + 12 * c.layers * c.width * length
-
-    def save(self, folder: str | os.PathLike[str]) -> None:
-        """Writes model.safetensors and config.json, each whole or not at all.
-
-        Raises:
-            OSError: the folder cannot be written or the disk is full; what was there stays whole.
-        """
-        save_folder(folder, self.state_dict(), asdict(self.config))
-
-    @classmethod
-    def load(cls, folder: str | os.PathLike[str], device: str = "cpu") -> MaskedLM:
-        """The model that save() wrote.
-
-        Raises:
-            FileNotFoundError: the folder or a file of it is missing.
-            ValueError: a file is truncated; weights and config do not belong together.
-        """
-        values = load_config(folder)
-        config = MaskedLMConfig.from_dict(values)
-        return cast(MaskedLM, load_weights(folder, values, lambda: cls(config), device))
 
     def with_head(self, head: str, classes: int | None = None) -> MaskedLM:
         """A model with a copy of this encoder and a new head: fine-tuning after pretraining."""

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 import os
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any, NamedTuple, cast
 
 import torch
@@ -26,13 +26,13 @@ from fastlm.models._check import (
     check_tokens,
     config_from_dict,
 )
-from fastlm.models._files import load_config, load_weights, save_folder
+from fastlm.models._files import SavedModel
 from fastlm.models._hf import read_model, write_model
 from fastlm.models._hf_bart import config_from_hf, config_to_hf, state_from_hf, state_to_hf
 from fastlm.models._sampling import check_sampling, evaluating, sample
 from fastlm.nn import DecoderBlock, Embedding, EncoderBlock, KVCache, LayerNorm, RotaryEmbedding
+from fastlm.nn.functional import dropout
 from fastlm.nn.mlp import ACTIVATIONS
-from fastlm.nn.norm import dropped
 
 
 @dataclass(frozen=True)
@@ -152,7 +152,7 @@ class Seq2SeqLMOutput(NamedTuple):
     """Where it was asked for."""
 
 
-class Seq2SeqLM(nn.Module):
+class Seq2SeqLM(SavedModel):
     """Encoder: embed the source -> blocks. Decoder: embed the target -> blocks that see the encoder's output -> head.
 
     Initialised as BART: weights normal with deviation 0.02, biases zero; with embed_scale the embeddings of tokens have
@@ -163,6 +163,8 @@ class Seq2SeqLM(nn.Module):
     """
 
     logits_bias: Tensor | None
+
+    config_class = Seq2SeqLMConfig
 
     def __init__(self, config: Seq2SeqLMConfig) -> None:
         super().__init__()
@@ -296,7 +298,7 @@ class Seq2SeqLM(nn.Module):
             x = x + torch.cat((sin, cos), -1).to(x.dtype)
         if norm is not None:
             x = norm(x)
-        return dropped(x, self.dropout.p if self.dropout.training else 0.0)
+        return dropout(x, self.dropout.p if self.dropout.training else 0.0)
 
     def _logits(self, x: Tensor) -> Tensor:
         return nn.functional.linear(x, self.head_weight, self.logits_bias)
@@ -403,26 +405,6 @@ class Seq2SeqLM(nn.Module):
         decoder = sum(p.numel() for p in self.decoder.parameters()) - crossing + c.vocab_size * c.width
         attention = 12 * c.width * (c.layers * T * T + (c.decoder_layers or c.layers) * S * (S + T))
         return (6 * ((encoder + crossing) * T + decoder * S) + attention) // S
-
-    def save(self, folder: str | os.PathLike[str]) -> None:
-        """Writes model.safetensors and config.json, each whole or not at all.
-
-        Raises:
-            OSError: the folder cannot be written or the disk is full; what was there stays whole.
-        """
-        save_folder(folder, self.state_dict(), asdict(self.config))
-
-    @classmethod
-    def load(cls, folder: str | os.PathLike[str], device: str = "cpu") -> Seq2SeqLM:
-        """The model that save() wrote.
-
-        Raises:
-            FileNotFoundError: the folder or a file of it is missing.
-            ValueError: a file is truncated; weights and config do not belong together.
-        """
-        values = load_config(folder)
-        config = Seq2SeqLMConfig.from_dict(values)
-        return cast(Seq2SeqLM, load_weights(folder, values, lambda: cls(config), device))
 
     @classmethod
     def from_hf(cls, source: str | os.PathLike[str] | nn.Module) -> Seq2SeqLM:

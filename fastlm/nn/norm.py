@@ -50,8 +50,3 @@ def add_dropped(x: Tensor, residual: Tensor, dropout: float) -> Tensor:
     if residual.is_cpu and 0.0 < dropout < 1.0:
         return ops.dropout_add(x, residual.to(torch.promote_types(x.dtype, residual.dtype)), dropout)
     return residual + torch.nn.functional.dropout(x, dropout)
-
-
-def dropped(x: Tensor, dropout: float) -> Tensor:
-    """dropout(x), whatever the mode."""
-    return F.dropout(x, dropout)
