@@ -2,12 +2,14 @@
 // driver.cpp implements it over the CUDA driver (libcuda, opened at run time: nothing here is linked to CUDA), and
 // emulation/emulator.cpp over fibers on the CPU, for tests.
 #pragma once
+#include <array>
 #include <atomic>
 #include <functional>
 #include <string>
 #include <type_traits>
 
 #include "common.h"
+#include "cuda/tensor_map.h"
 
 namespace fastlm::cuda {
 
@@ -34,6 +36,12 @@ struct Grid {
   int64_t shared = 0;  // bytes of shared memory of a block
   int64_t y = 1;       // at most 65535
 };
+
+/// A tensor of a 16-bit dtype as the copy engine of sm_90 sees it: sizes in elements, innermost dimension first, which
+/// is contiguous; strides in elements of the other four; the box that one copy takes; swizzle: bytes of a row of the
+/// box, 64 or 128 (mma.cuh's swizzled()). Throws std::invalid_argument for what the engine does not take.
+TensorMap tensor_map(DType dtype, const void* base, const std::array<int64_t, 5>& sizes,
+                     const std::array<int64_t, 4>& strides, const std::array<int, 5>& box, int swizzle);
 
 /// All instances of one kernel. csrc/cuda/<op>.cu defines an instance for each variant, a number below MAX_VARIANTS,
 /// with FASTLM_KERNEL(name, variant, ...); the file is compiled once per dtype.

@@ -1,0 +1,172 @@
+// What the kernels of attention share: where a block stands, what it sees, logits and dropout of a fragment.
+//
+// Logits are in units of log2: exp2 is the instruction there is. What is walked over comes in three segments of whole
+// tiles: one at the left edge of what is seen, the middle where everything is seen and no mask is computed, and one at
+// the right edge. A fragment (mma.cuh) may lie either way, queries by rows or (KEYS_BY_ROWS) keys by rows.
+#pragma once
+#include "cuda/attention.h"
+#include "cuda/mma.cuh"
+#include "cuda/random.cuh"
+
+namespace fastlm::cuda {
+
+constexpr float INF = __builtin_inff();
+
+__device__ __forceinline__ int min_of(int a, int b) { return a < b ? a : b; }
+__device__ __forceinline__ int max_of(int a, int b) { return a > b ? a : b; }
+
+/// A tile of a head: heads go in groups of a.span that share the cache, tile after tile within one.
+struct Place {
+  int tile, batch, head;
+};
+/// `heads`: a.heads where the tiles are queries, a.kv_heads where they are keys.
+__device__ __forceinline__ Place place(const AttentionArguments& a, int number, int heads) {
+  const int per_group = a.tiles * a.span, group = number / per_group, rest = number % per_group;
+  const int width = min_of(a.span, a.batches * heads - group * a.span);
+  const int pair = group * a.span + rest % width;
+  return {rest / width, pair / heads, pair % heads};
+}
+
+/// A sequence, or a batch.
+struct Extent {
+  int batch;                  // to multiply strides with: 0 for packed sequences
+  int start_q, start_k;       // its first rows in the pack
+  int len_q, len_k;
+  int distance;               // query i stands at key i + distance
+  int before, after;          // query i sees keys i - before ... i + after
+};
+__device__ __forceinline__ Extent extent(const AttentionArguments& a, int batch) {
+  Extent e{batch, 0, 0, a.len_q, a.len_k, 0, 0, 0};
+  if (a.cu_q) {
+    e.batch = 0;
+    e.start_q = a.cu_q[batch];
+    e.len_q = a.cu_q[batch + 1] - e.start_q;
+    e.start_k = a.cu_k[batch];
+    e.len_k = a.cu_k[batch + 1] - e.start_k;
+  }
+  e.distance = a.align_end ? e.len_k - e.len_q : 0;
+  e.before = a.left - e.distance;
+  e.after = a.right + e.distance;
+  return e;
+}
+/// The number of a query in lse, shift, delta and in the hash of dropout.
+__device__ __forceinline__ int64_t row_of(const AttentionArguments& a, const Extent& e, int head) {
+  return (static_cast<int64_t>(e.batch) * a.heads + head) * a.total_q + e.start_q;
+}
+template <class T>
+__device__ __forceinline__ T* rows_of(T* base, const Layout& at, int batch, int head, int64_t row) {
+  return base + batch * at.batch + head * at.head + row * at.row;
+}
+
+/// low ... middle: tiles at the edge; middle ... end: all is seen; max(middle, end) ... high: at the edge. All but high
+/// are multiples of STEP. What rows first ... first + ROWS - 1 of `rows` see of `other`, where row r sees
+/// r - before ... r + after.
+struct Range {
+  int low, middle, end, high;
+};
+template <int ROWS, int STEP>
+__device__ __forceinline__ Range seen_range(int first, int rows, int other, bool has_before, int before, bool has_after,
+                                            int after) {
+  const int last = min_of(first + ROWS, rows) - 1;
+  Range r{0, 0, other / STEP * STEP, other};
+  if (has_after) {
+    r.high = min_of(r.high, max_of(last + after + 1, 0));
+    r.end = min_of(r.end, max_of(first + after + 1, 0) / STEP * STEP);
+  }
+  if (has_before) {
+    r.low = max_of(first - before, 0) / STEP * STEP;
+    r.middle = (max_of(last - before, 0) + STEP - 1) / STEP * STEP;
+  }
+  return r;
+}
+/// The same within what document_ranges wrote for a tile.
+template <int STEP>
+__device__ __forceinline__ Range narrowed(Range r, const int* ranges) {
+  return {max_of(r.low, ranges[0] * STEP), max_of(r.middle, ranges[1] * STEP), min_of(r.end, ranges[2] * STEP),
+          min_of(r.high, ranges[3] * STEP)};
+}
+
+/// The place of element e of a fragment whose first row and column (of this lane) are given.
+__device__ __forceinline__ int fragment_row(int first, int e) { return first + 8 * (e >> 1 & 1); }
+__device__ __forceinline__ int fragment_column(int first, int e) { return first + 8 * (e >> 2) + (e & 1); }
+/// This lane's own: add to them where the fragment starts.
+__device__ __forceinline__ int lane_row() { return static_cast<int>(threadIdx.x) % 32 / 4; }
+__device__ __forceinline__ int lane_column() { return 2 * (static_cast<int>(threadIdx.x) % 4); }
+
+/// -inf where positions hide a key: i - before <= j <= i + after, and j < len_k. Queries behind the last are whatever.
+template <bool KEYS_BY_ROWS, int R>
+__device__ __forceinline__ void hide(float (&x)[R], int row, int column, const Extent& e, bool has_before,
+                                     bool has_after) {
+  FASTLM_UNROLL
+  for (int n = 0; n < R; ++n) {
+    const int r = fragment_row(row, n), c = fragment_column(column, n);
+    const int i = KEYS_BY_ROWS ? c : r, j = KEYS_BY_ROWS ? r : c;
+    if (j >= e.len_k || (has_after && j > i + e.after) || (has_before && j < i - e.before)) x[n] = -INF;
+  }
+}
+
+/// A number of the mask, as float32.
+__device__ __forceinline__ float mask_value(const void* mask, MaskKind kind, int64_t at) {
+  if (kind == MaskKind::float32) return static_cast<const float*>(mask)[at];
+  if (kind == MaskKind::bfloat16) return to_float(static_cast<const bfloat16*>(mask)[at]);
+  if (kind == MaskKind::float16) return to_float(static_cast<const float16*>(mask)[at]);
+  return static_cast<const uint8_t*>(mask)[at] ? 0.f : -INF;
+}
+
+/// Products q k^T to logits in log2 units with all options but positions, of one head: factor, softcap, mask, ALiBi,
+/// documents, in this order. What is hidden is -inf. With STEEP `steep` becomes the slope of the softcap.
+struct General {
+  const AttentionArguments& a;
+  const Extent& e;
+  int64_t mask_at;  // of the head
+  float slope;
+  const int64_t *documents_q, *documents_k;  // of the batch
+
+  __device__ __forceinline__ General(const AttentionArguments& a, const Extent& e, int batch, int head)
+      : a(a), e(e), mask_at(batch * a.mask_batch + head * a.mask_head),
+        slope(a.slopes ? a.slopes[batch * a.slope_batch + head] * LOG2_E : 0.f),
+        documents_q(a.documents_q + static_cast<int64_t>(batch) * a.len_q),
+        documents_k(a.documents_k + static_cast<int64_t>(batch) * a.len_k) {}
+
+  template <bool KEYS_BY_ROWS, bool STEEP, int R>
+  __device__ __forceinline__ void logits(float (&x)[R], float (&steep)[STEEP ? R : 1], int row, int column) const {
+    const auto i_of = [&](int n) { return KEYS_BY_ROWS ? fragment_column(column, n) : fragment_row(row, n); };
+    const auto j_of = [&](int n) { return KEYS_BY_ROWS ? fragment_row(row, n) : fragment_column(column, n); };
+    if (a.softcap > 0) {
+      FASTLM_UNROLL
+      for (int n = 0; n < R; ++n) {
+        const float t = tanh_fast(x[n] * a.factor);
+        if constexpr (STEEP) steep[n] = 1 - t * t;
+        x[n] = t * a.softcap;
+      }
+    } else {
+      FASTLM_UNROLL
+      for (int n = 0; n < R; ++n) {
+        if constexpr (STEEP) steep[n] = 1;
+        x[n] *= a.factor;
+      }
+    }
+    if (a.mask_kind != MaskKind::none) {
+      FASTLM_UNROLL
+      for (int n = 0; n < R; ++n) {
+        const int i = i_of(n), j = j_of(n);
+        if (i >= e.len_q || j >= e.len_k) continue;
+        const float bias = mask_value(a.mask, a.mask_kind, mask_at + i * a.mask_m + j * a.mask_n);
+        x[n] = bias == -INF ? -INF : x[n] + bias * LOG2_E;
+      }
+    }
+    if (a.slopes) {
+      FASTLM_UNROLL
+      for (int n = 0; n < R; ++n) x[n] -= fabsf(static_cast<float>(i_of(n) + e.distance - j_of(n))) * slope;
+    }
+    if (a.documents_q) {
+      FASTLM_UNROLL
+      for (int n = 0; n < R; ++n) {
+        const int i = i_of(n), j = j_of(n);
+        if (i >= e.len_q || j >= e.len_k || documents_q[i] != documents_k[j]) x[n] = -INF;
+      }
+    }
+  }
+};
+
+}  // namespace fastlm::cuda
