@@ -29,11 +29,11 @@ __device__ __forceinline__ Place place(const AttentionArguments& a, int number, 
 
 /// A sequence, or a batch.
 struct Extent {
-  int batch;                  // to multiply strides with: 0 for packed sequences
-  int start_q, start_k;       // its first rows in the pack
+  int batch;             // to multiply strides with: 0 for packed sequences
+  int start_q, start_k;  // its first rows in the pack
   int len_q, len_k;
-  int distance;               // query i stands at key i + distance
-  int before, after;          // query i sees keys i - before ... i + after
+  int distance;       // query i stands at key i + distance
+  int before, after;  // query i sees keys i - before ... i + after
 };
 __device__ __forceinline__ Extent extent(const AttentionArguments& a, int batch) {
   Extent e{batch, 0, 0, a.len_q, a.len_k, 0, 0, 0};
@@ -122,11 +122,13 @@ struct General {
   float slope;
   const int64_t *documents_q, *documents_k;  // of the batch
 
-  __device__ __forceinline__ General(const AttentionArguments& a, const Extent& e, int batch, int head)
-      : a(a), e(e), mask_at(batch * a.mask_batch + head * a.mask_head),
-        slope(a.slopes ? a.slopes[batch * a.slope_batch + head] * LOG2_E : 0.f),
-        documents_q(a.documents_q + static_cast<int64_t>(batch) * a.len_q),
-        documents_k(a.documents_k + static_cast<int64_t>(batch) * a.len_k) {}
+  __device__ __forceinline__ General(const AttentionArguments& a, const Extent& e, int head)
+      : a(a),
+        e(e),
+        mask_at(e.batch * a.mask_batch + head * a.mask_head),
+        slope(a.slopes ? a.slopes[e.batch * a.slope_batch + head] * LOG2_E : 0.f),
+        documents_q(a.documents_q + static_cast<int64_t>(e.batch) * a.len_q),
+        documents_k(a.documents_k + static_cast<int64_t>(e.batch) * a.len_k) {}
 
   template <bool KEYS_BY_ROWS, bool STEEP, int R>
   __device__ __forceinline__ void logits(float (&x)[R], float (&steep)[STEEP ? R : 1], int row, int column) const {

@@ -19,8 +19,9 @@ struct AttentionArguments {
   float* lse;             // (B, H, S), natural logs; contiguous, as all float32 here
   const void* dout;       // (B, H, S, Dv)
   const float* dlse;      // (B, H, S) or null
-  float *shift, *delta;   // (B, H, S): lse in the kernels' units, inf where a query sees nothing; rowsum(dout * out) - dlse
-  float* dq_sum;          // (B * H, tiles of queries, M * W) in the order the path wants; zeroed by prepare
+  float *shift,
+      *delta;     // (B, H, S): lse in the kernels' units, inf where a query sees nothing; rowsum(dout * out) - dlse
+  float* dq_sum;  // (B * H, tiles of queries, M * W) in the order the path wants; zeroed by prepare
   void *dq, *dk, *dv;
   float* dsinks;  // (blocks of prepare), parts of a sum
   float* dbias;   // the shape of the mask, or (B, H, S or T): attention_ampere_bias
@@ -35,7 +36,8 @@ struct AttentionArguments {
   const int64_t *documents_q, *documents_k;       // (B, S), (B, T)
   const int* ranges;                              // (B, tiles, 4): attention.cu's document_ranges
   const int *cu_q, *cu_k;                         // (sequences + 1)
-  int* turns;  // zeroed by prepare: [0] counts tiles; [1 + pair * tiles of queries + m] whose turn it is to add to dq_sum
+  int* turns;  // zeroed by prepare: [0] counts tiles; [1 + pair * tiles of queries + m] whose turn it is to add to
+               // dq_sum
 
   MaskKind mask_kind;
   int batches, heads, kv_heads;

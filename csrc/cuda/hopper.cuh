@@ -3,9 +3,11 @@
 // after what it does; the sections are those of the PTX ISA 9.0.
 //
 // Order, as the hardware asks for it:
-//   - registers that a product reads or adds to: warpgroup_fence() behind their last change and in front of the product;
+//   - registers that a product reads or adds to: warpgroup_fence() behind their last change and in front of the
+//   product;
 //     nothing touches them from there to the warpgroup_wait() that covers it.
-//   - shared memory written by threads (st.shared, stmatrix) and read by a product or the copy engine: every thread that
+//   - shared memory written by threads (st.shared, stmatrix) and read by a product or the copy engine: every thread
+//   that
 //     wrote calls fence_async() behind its writes, then a barrier, then the reader goes.
 //   - shared memory written by the copy engine: seen by whoever has waited for the barrier that counts its bytes.
 #pragma once
@@ -62,7 +64,7 @@ __device__ __forceinline__ void ready(float (&d)[REGISTERS]) {
   for (int i = 0; i < REGISTERS; ++i) asm volatile("" : "+f"(d[i])::"memory");
 }
 
-#define FASTLM_D8(i)                                                                                             \
+#define FASTLM_D8(i)                                                                                          \
   "+f"(d[i]), "+f"(d[i + 1]), "+f"(d[i + 2]), "+f"(d[i + 3]), "+f"(d[i + 4]), "+f"(d[i + 5]), "+f"(d[i + 6]), \
       "+f"(d[i + 7])
 #define FASTLM_D16(i) FASTLM_D8(i), FASTLM_D8(i + 8)
@@ -73,22 +75,28 @@ __device__ __forceinline__ void ready(float (&d)[REGISTERS]) {
 #define FASTLM_D88(i) FASTLM_D48(i), FASTLM_D40(i + 48)
 #define FASTLM_D96(i) FASTLM_D64(i), FASTLM_D32(i + 64)
 #define FASTLM_D128(i) FASTLM_D64(i), FASTLM_D64(i + 64)
-#define FASTLM_P16 \
-  "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15"
-#define FASTLM_P32 FASTLM_P16 \
+#define FASTLM_P16 "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15"
+#define FASTLM_P32 \
+  FASTLM_P16       \
   ", %16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31"
-#define FASTLM_P40 FASTLM_P32 \
+#define FASTLM_P40 \
+  FASTLM_P32       \
   ", %32, %33, %34, %35, %36, %37, %38, %39"
-#define FASTLM_P48 FASTLM_P40 \
+#define FASTLM_P48 \
+  FASTLM_P40       \
   ", %40, %41, %42, %43, %44, %45, %46, %47"
-#define FASTLM_P64 FASTLM_P48 \
+#define FASTLM_P64 \
+  FASTLM_P48       \
   ", %48, %49, %50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63"
-#define FASTLM_P88 FASTLM_P64 \
+#define FASTLM_P88                                                                                         \
+  FASTLM_P64                                                                                               \
   ", %64, %65, %66, %67, %68, %69, %70, %71, %72, %73, %74, %75, %76, %77, %78, %79, %80, %81, %82, %83, " \
   "%84, %85, %86, %87"
-#define FASTLM_P96 FASTLM_P88 \
+#define FASTLM_P96 \
+  FASTLM_P88       \
   ", %88, %89, %90, %91, %92, %93, %94, %95"
-#define FASTLM_P128 FASTLM_P96 \
+#define FASTLM_P128                                                                                      \
+  FASTLM_P96                                                                                             \
   ", %96, %97, %98, %99, %100, %101, %102, %103, %104, %105, %106, %107, %108, %109, %110, %111, %112, " \
   "%113, %114, %115, %116, %117, %118, %119, %120, %121, %122, %123, %124, %125, %126, %127"
 
@@ -96,27 +104,26 @@ __device__ __forceinline__ void ready(float (&d)[REGISTERS]) {
 // D's registers decides those of the operands behind them, so both texts are written for each N.
 template <class T, int N>
 struct Product;
-#define FASTLM_PRODUCT(TYPE, NAME, N, R, X0, X1, X2, X3, X4, X5, X6)                                                   \
-  template <>                                                                                                          \
-  struct Product<TYPE, N> {                                                                                            \
-    template <bool A_ACROSS, bool B_ACROSS>                                                                            \
-    static __device__ __forceinline__ void shared(float (&d)[R], uint64_t a, uint64_t b, bool add) {                   \
-      asm volatile("{ .reg .pred p; setp.ne.b32 p, %" #X2 ", 0; wgmma.mma_async.sync.aligned.m64n" #N "k16.f32." NAME  \
-                   "." NAME " {" FASTLM_P##R "}, %" #X0 ", %" #X1 ", p, 1, 1, %" #X3 ", %" #X4 "; }"                   \
-                   : FASTLM_D##R(0)                                                                                    \
-                   : "l"(a), "l"(b), "r"(static_cast<int>(add)), "n"(A_ACROSS ? 1 : 0), "n"(B_ACROSS ? 1 : 0)          \
-                   : "memory");                                                                                        \
-    }                                                                                                                  \
-    template <bool B_ACROSS>                                                                                           \
-    static __device__ __forceinline__ void mixed(float (&d)[R], const uint32_t (&a)[4], uint64_t b, bool add) {        \
-      asm volatile("{ .reg .pred p; setp.ne.b32 p, %" #X5 ", 0; wgmma.mma_async.sync.aligned.m64n" #N "k16.f32." NAME  \
-                   "." NAME " {" FASTLM_P##R "}, {%" #X0 ", %" #X1 ", %" #X2 ", %" #X3 "}, %" #X4 ", p, 1, 1, %" #X6   \
-                   "; }"                                                                                               \
-                   : FASTLM_D##R(0)                                                                                    \
-                   : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(static_cast<int>(add)),                   \
-                     "n"(B_ACROSS ? 1 : 0)                                                                             \
-                   : "memory");                                                                                        \
-    }                                                                                                                  \
+#define FASTLM_PRODUCT(TYPE, NAME, N, R, X0, X1, X2, X3, X4, X5, X6)                                                  \
+  template <>                                                                                                         \
+  struct Product<TYPE, N> {                                                                                           \
+    template <bool A_ACROSS, bool B_ACROSS>                                                                           \
+    static __device__ __forceinline__ void shared(float (&d)[R], uint64_t a, uint64_t b, bool add) {                  \
+      asm volatile("{ .reg .pred p; setp.ne.b32 p, %" #X2 ", 0; wgmma.mma_async.sync.aligned.m64n" #N "k16.f32." NAME \
+                   "." NAME " {" FASTLM_P##R "}, %" #X0 ", %" #X1 ", p, 1, 1, %" #X3 ", %" #X4 "; }"                  \
+                   : FASTLM_D##R(0)                                                                                   \
+                   : "l"(a), "l"(b), "r"(static_cast<int>(add)), "n"(A_ACROSS ? 1 : 0), "n"(B_ACROSS ? 1 : 0)         \
+                   : "memory");                                                                                       \
+    }                                                                                                                 \
+    template <bool B_ACROSS>                                                                                          \
+    static __device__ __forceinline__ void mixed(float (&d)[R], const uint32_t (&a)[4], uint64_t b, bool add) {       \
+      asm volatile(                                                                                                   \
+          "{ .reg .pred p; setp.ne.b32 p, %" #X5 ", 0; wgmma.mma_async.sync.aligned.m64n" #N "k16.f32." NAME "." NAME \
+          " {" FASTLM_P##R "}, {%" #X0 ", %" #X1 ", %" #X2 ", %" #X3 "}, %" #X4 ", p, 1, 1, %" #X6 "; }"              \
+          : FASTLM_D##R(0)                                                                                            \
+          : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(static_cast<int>(add)), "n"(B_ACROSS ? 1 : 0)     \
+          : "memory");                                                                                                \
+    }                                                                                                                 \
   };
 FASTLM_PRODUCT(bfloat16, "bf16", 32, 16, 16, 17, 18, 19, 20, 21, 22)
 FASTLM_PRODUCT(bfloat16, "bf16", 64, 32, 32, 33, 34, 35, 36, 37, 38)
@@ -201,8 +208,8 @@ __device__ __forceinline__ void fence_async() { asm volatile("fence.proxy.async.
 
 /// One box of a tensor to shared memory; `barrier` gets its bytes, all of the box, zeros where it leaves the tensor.
 /// One thread. Places in elements, innermost dimension first.
-__device__ __forceinline__ void tile_load(uint32_t to, const TensorMap* tensor, uint32_t barrier, int c0, int c1, int c2,
-                                          int c3, int c4) {
+__device__ __forceinline__ void tile_load(uint32_t to, const TensorMap* tensor, uint32_t barrier, int c0, int c1,
+                                          int c2, int c3, int c4) {
   asm volatile(
       "cp.async.bulk.tensor.5d.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1, {%3, %4, %5, %6, %7}], "
       "[%2];" ::"r"(to),
@@ -212,10 +219,9 @@ __device__ __forceinline__ void tile_load(uint32_t to, const TensorMap* tensor, 
 /// A box from shared memory; what leaves the tensor is not written. Of the thread's bulk group.
 __device__ __forceinline__ void tile_store(const TensorMap* tensor, uint32_t from, int c0, int c1, int c2, int c3,
                                            int c4) {
-  asm volatile(
-      "cp.async.bulk.tensor.5d.global.shared::cta.bulk_group [%0, {%2, %3, %4, %5, %6}], [%1];" ::"l"(tensor), "r"(from),
-      "r"(c0), "r"(c1), "r"(c2), "r"(c3), "r"(c4)
-      : "memory");
+  asm volatile("cp.async.bulk.tensor.5d.global.shared::cta.bulk_group [%0, {%2, %3, %4, %5, %6}], [%1];" ::"l"(tensor),
+               "r"(from), "r"(c0), "r"(c1), "r"(c2), "r"(c3), "r"(c4)
+               : "memory");
 }
 /// The descriptor of a tensor into its cache. 9.7.9.15.
 __device__ __forceinline__ void prefetch(const TensorMap* tensor) {
