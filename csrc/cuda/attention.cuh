@@ -79,6 +79,14 @@ __device__ __forceinline__ Range seen_range(int first, int rows, int other, bool
   }
   return r;
 }
+/// How many tiles of N keys add to tile m of M queries before tile n does. Those that do follow each other, because
+/// what a tile of keys is seen by begins and ends no earlier than for the one before it; the first is the first of
+/// which a key is not behind the window of the tile's first query. A tile takes its turn at all m of its seen_range(),
+/// ascending, whether it has something to add or, by documents, not.
+template <int M, int N>
+__device__ __forceinline__ int turn_of(const AttentionArguments& a, const Extent& e, int n, int m) {
+  return n - (a.before ? max_of(m * M - e.before, 0) / N : 0);
+}
 /// The same within what document_ranges wrote for a tile.
 template <int STEP>
 __device__ __forceinline__ Range narrowed(Range r, const int* ranges) {
