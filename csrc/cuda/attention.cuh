@@ -53,6 +53,12 @@ __device__ __forceinline__ Extent extent(const AttentionArguments& a, int batch)
 __device__ __forceinline__ int64_t row_of(const AttentionArguments& a, const Extent& e, int head) {
   return (static_cast<int64_t>(e.batch) * a.heads + head) * a.total_q + e.start_q;
 }
+/// The number of tile m of a head's queries in dq_sum and turns. Packed sequences each begin a tile there.
+template <int M>
+__device__ __forceinline__ int64_t sum_tile(const AttentionArguments& a, const Extent& e, int batch, int head, int m) {
+  if (a.cu_q) return static_cast<int64_t>(head) * a.tiles_q + (e.start_q / M + batch + m);
+  return (static_cast<int64_t>(batch) * a.heads + head) * a.tiles_q + m;
+}
 template <class T>
 __device__ __forceinline__ T* rows_of(T* base, const Layout& at, int batch, int head, int64_t row) {
   return base + batch * at.batch + head * at.head + row * at.row;

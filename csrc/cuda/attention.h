@@ -19,9 +19,9 @@ struct AttentionArguments {
   float* lse;             // (B, H, S), natural logs; contiguous, as all float32 here
   const void* dout;       // (B, H, S, Dv)
   const float* dlse;      // (B, H, S) or null
-  float *shift,
-      *delta;     // (B, H, S): lse in the kernels' units, inf where a query sees nothing; rowsum(dout * out) - dlse
-  float* dq_sum;  // (B * H, tiles of queries, M * W) in the order the path wants; zeroed by prepare
+  float* shift;           // (B, H, S): lse in the kernels' units, inf where a query sees nothing
+  float* delta;           // (B, H, S): rowsum(dout * out) - dlse
+  float* dq_sum;          // sum_tile() tiles of M * W in the order the path wants; zeroed by prepare
   void *dq, *dk, *dv;
   float* dsinks;  // (blocks of prepare), parts of a sum
   float* dbias;   // the shape of the mask, or (B, H, S or T): attention_ampere_bias
@@ -36,8 +36,7 @@ struct AttentionArguments {
   const int64_t *documents_q, *documents_k;       // (B, S), (B, T)
   const int* ranges;                              // (B, tiles, 4): attention.cu's document_ranges
   const int *cu_q, *cu_k;                         // (sequences + 1)
-  int* turns;  // zeroed by prepare: [0] counts tiles; [1 + pair * tiles of queries + m] whose turn it is to add to
-               // dq_sum
+  int* turns;  // zeroed by prepare: [0] counts tiles of keys; [1 + sum_tile()] whose turn it is to add to that tile
 
   MaskKind mask_kind;
   int batches, heads, kv_heads;
@@ -45,7 +44,7 @@ struct AttentionArguments {
   int total_q, total_k;  // S and T, or all rows of the pack
   int d, width_v;        // head dims of q and k, of v
   int tiles;             // of what the kernel holds, of the longest sequence
-  int tiles_q;           // of M queries: the backward's dq_sum and turns
+  int tiles_q;           // tiles of M queries that a head has in dq_sum and turns
   int span;              // heads whose tiles are interleaved
   int left, right;       // query i sees keys i + offset - left ... i + offset + right; FAR where there is no limit
   int align_end;         // offset is T - S, not 0
@@ -66,6 +65,20 @@ constexpr int FAR = 1 << 30;
 inline bool is_general(const AttentionArguments& a) {
   return a.mask_kind != MaskKind::none || a.slopes || a.softcap > 0 || a.documents_q || a.threshold || !(a.factor > 0);
 }
+
+/// What a kernel of a path holds and walks over, and what it takes for that.
+struct AttentionTile {
+  int m, n;        // queries, keys
+  int warps;       // of a block
+  int stages;      // of what is walked over in shared memory
+  bool general;    // does what is_general() says, else the plain rest
+  int64_t shared;  // bytes of a block
+};
+/// What there is for a padded width, the best first; a kernel's variant is its index.
+struct AttentionTiles {
+  const AttentionTile* rows;
+  int count;
+};
 
 /// Rows of q, k, v, dq in shared memory and registers: the smallest of these that holds both head dims.
 constexpr int HEAD_DIMS[] = {32, 64, 96, 128, 192, 256};
