@@ -1,0 +1,69 @@
+// attention on sm_90a (wgmma, TMA): what its launchers and kernels share. attention_hopper.cpp launches them.
+#pragma once
+#include "cuda/attention.h"
+#include "cuda/tensor_map.h"
+
+namespace fastlm::cuda {
+
+/// Head dims of the kernels' rows: the smallest of these that holds both.
+constexpr int HOPPER_HEAD_DIMS[] = {64, 128, 256};
+/// Of a warp group, which is what a product of 64 rows is of.
+constexpr int GROUP_THREADS = 128;
+/// What a block of sm_90 has.
+constexpr int64_t HOPPER_SHARED = 232448;
+/// Panels of tiles start at multiples of this, the block's shared memory wherever it likes.
+constexpr int PANEL_ALIGNMENT = 1024;
+/// Columns of a panel: 128 bytes, as wide as the swizzle of copies and products.
+constexpr int PANEL = 64;
+
+// --- forward ---------------------------------------------------------------------------------------------------------
+
+/// Rows of q with TMA's maps: {D, group, S, Hq / group, B} by boxes of {64, group, m / group, 1, 1}, so a tile's row r
+/// is query r / group of head r % group of a key head. k, v: {D, 1, T, Hk, B} by {64, 1, n, 1, 1}. out, where group is
+/// 1: {Dv, 1, S, H, B} by a warp's {64, 1, 16, 1, 1}. D and Dv as they are: the rest of a panel is loaded as zeros and
+/// not stored.
+struct HopperForwardArguments {
+  TensorMap q, k, v, out;
+  AttentionArguments a;
+  int group;  // query heads that a tile holds: 1, or all that share a key head
+};
+
+constexpr int HOPPER_STAGES = 2;  // tiles of keys, and of values, in shared memory
+
+/// A tile of m queries of which each consumer warp group has 64; one more warp group loads. `out` has its own room
+/// where there is room, else that of q, and the next q has to wait for it.
+constexpr bool hopper_forward_out_apart(int w, int m, int n) {
+  return 2 * w * (2 * m + 2 * HOPPER_STAGES * n) + 2 * PANEL_ALIGNMENT <= HOPPER_SHARED;
+}
+constexpr AttentionTile hopper_forward_tile(int w, int m, int n) {
+  const int rows = m * (hopper_forward_out_apart(w, m, n) ? 2 : 1) + 2 * HOPPER_STAGES * n;
+  return {m, n, 4 * (m / 64 + 1), HOPPER_STAGES, false, int64_t{2} * w * rows + 2 * PANEL_ALIGNMENT};  // and barriers
+}
+/// With a wide tile of keys where all tiles see all, else the narrow one, which wastes less at the diagonal.
+constexpr AttentionTile HOPPER_FORWARD_64[] = {hopper_forward_tile(64, 192, 128)};
+constexpr AttentionTile HOPPER_FORWARD_128[] = {hopper_forward_tile(128, 128, 128), hopper_forward_tile(128, 128, 176)};
+constexpr AttentionTile HOPPER_FORWARD_256[] = {hopper_forward_tile(256, 128, 80)};
+constexpr AttentionTiles hopper_forward_tiles(int w) {
+  if (w == 64) return {HOPPER_FORWARD_64, 1};
+  if (w == 128) return {HOPPER_FORWARD_128, 2};
+  return {HOPPER_FORWARD_256, 1};
+}
+
+// --- launchers -------------------------------------------------------------------------------------------------------
+
+/// The padded width of a call, 0 where head dims are wider than the widest.
+constexpr int hopper_width(const AttentionArguments& a) {
+  const int widest = a.d > a.width_v ? a.d : a.width_v;
+  for (const int w : HOPPER_HEAD_DIMS)
+    if (widest <= w) return w;
+  return 0;
+}
+
+/// Why this path does not take the call, in words; null where it does. It has no general kernels, and the copy engine
+/// wants strides that are positive multiples of 16 bytes.
+const char* why_not_hopper(DType dtype, const AttentionArguments& a);
+
+/// Fills in what the kernels want of `a` (tiles, span) and starts one. Only what why_not_hopper() has nothing against.
+void launch_hopper_forward(DType dtype, const AttentionArguments& a, int device, Stream stream);
+
+}  // namespace fastlm::cuda
