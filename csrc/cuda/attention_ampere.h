@@ -1,0 +1,35 @@
+// attention by mma.sync: the tiles there are for each padded width. A kernel's unit takes its own from here, launchers
+// choose among them. What they were chosen by stands in the kernels' files.
+#pragma once
+#include "cuda/attention.h"
+
+namespace fastlm::cuda {
+
+/// The tiles of a width: those of its row that are there.
+template <int MOST>
+constexpr AttentionTiles tiles_of(const AttentionTile (&table)[sizeof(HEAD_DIMS) / sizeof(int)][MOST], int width) {
+  int row = 0, count = 0;
+  while (HEAD_DIMS[row] < width) ++row;
+  while (count < MOST && table[row][count].m > 0) ++count;
+  return {table[row], count};
+}
+
+// Forward: a block holds m queries and walks over n keys and their values at a time.
+constexpr AttentionTile forward_tile(int width, int m, int n, int warps, int stages, bool general) {
+  return {m, n, warps, stages, general, int64_t{2} * width * (m + 2 * stages * n)};
+}
+constexpr AttentionTile AMPERE_FORWARD[][3] = {
+    {forward_tile(32, 128, 64, 4, 2, false), forward_tile(32, 64, 64, 4, 2, true)},
+    {forward_tile(64, 128, 64, 4, 2, false), forward_tile(64, 64, 64, 4, 2, true)},
+    {forward_tile(96, 128, 64, 4, 2, false), forward_tile(96, 128, 64, 4, 1, false),
+     forward_tile(96, 64, 64, 4, 1, true)},
+    {forward_tile(128, 128, 32, 4, 2, false), forward_tile(128, 128, 32, 4, 1, false),
+     forward_tile(128, 64, 64, 4, 1, true)},
+    {forward_tile(192, 128, 64, 8, 2, false), forward_tile(192, 128, 32, 8, 2, false),
+     forward_tile(192, 64, 32, 4, 1, true)},
+    {forward_tile(256, 128, 32, 8, 2, false), forward_tile(256, 128, 32, 8, 1, false),
+     forward_tile(256, 64, 32, 4, 1, true)},
+};
+constexpr AttentionTiles ampere_forward(int width) { return tiles_of(AMPERE_FORWARD, width); }
+
+}  // namespace fastlm::cuda
