@@ -36,7 +36,7 @@ INSTALLED = False
 
 MODULE = f"_cuda{sysconfig.get_config_var('EXT_SUFFIX')}"
 PROBE = "libprobe.so"
-"""Kernels of tests/cuda/probe.cu, for the tests of the emulation itself."""
+"""Kernels of tests/cuda/probe*.cu, for the tests of the emulation itself."""
 
 
 @functools.cache
@@ -75,7 +75,9 @@ def build() -> Path:
     for source in sorted(SOURCE.glob("*.cu")):
         objects += kernels(source)
     lines.append(f"build {MODULE}: link {' '.join(objects)}")
-    probe = [*shared, compile_unit(PROBES / "probe.cpp", "probe", flags), *kernels(PROBES / "probe.cu")]
+    probe = [*shared, compile_unit(PROBES / "probe.cpp", "probe", flags)]
+    for source in sorted(PROBES.glob("probe*.cu")):
+        probe += kernels(source)
     lines.append(f"build {PROBE}: link {' '.join(probe)}")
     (BUILD / "build.ninja").write_text("\n".join(lines) + "\n")
     # Neither the compiler nor ninja is what is examined.

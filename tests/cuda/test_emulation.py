@@ -20,12 +20,12 @@ SUMS = {8: 12, 32: 13, 64: 14, 256: 15}
 
 def run(
     order: str, variant: int, given: Tensor, out: Tensor, *, dtype: int = 0, blocks: int = 1, threads: int = 256,
-    cluster: int = 1, shared: int = 1024, arch: int = 90, n: int = 0,
+    cluster: int = 1, shared: int = 1024, arch: int = 90, n: int = 0, op: str = "probe",
 ) -> None:  # fmt: skip
     probe = ctypes.CDLL(str(emulation.build() / "libprobe.so")).probe
     probe.restype = ctypes.c_char_p
     error = probe(
-        order.encode(), dtype, variant, ctypes.c_int64(blocks), threads, cluster, ctypes.c_int64(shared), arch,
+        op.encode(), order.encode(), dtype, variant, ctypes.c_int64(blocks), threads, cluster, ctypes.c_int64(shared), arch,
         ctypes.c_void_p(given.data_ptr()), ctypes.c_void_p(out.data_ptr()), ctypes.c_int64(n),
     )  # fmt: skip
     if error is not None:

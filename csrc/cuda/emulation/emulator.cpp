@@ -88,6 +88,7 @@ class Scheduler {
   /// The blocks first .. first + cluster - 1 of row y of the grid.
   void run(unsigned first, unsigned y, size_t shared) {
     forget();
+    shared_bytes = shared;
     for (int rank = 0; rank < cluster_; ++rank) {  // of exactly this size: AddressSanitizer knows its bounds
       void* memory = nullptr;
       if (posix_memalign(&memory, 128, std::max<size_t>(shared, 1)) != 0) throw std::runtime_error("no memory");
@@ -98,6 +99,7 @@ class Scheduler {
       Fiber& f = fibers_[i];
       const unsigned rank = static_cast<unsigned>(i / threads_), thread = static_cast<unsigned>(i % threads_);
       f = Fiber{};
+      copies[i].clear();
       copies[i].clear();
       f.thread = {thread, 0, 0};
       f.block = {first + rank, y, 0};

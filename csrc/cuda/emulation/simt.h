@@ -40,6 +40,7 @@ inline Fiber* current = nullptr;  // the thread that runs
 inline Dim grid_size, block_size;
 inline unsigned cluster_blocks = 1;
 inline char* shared_memory[16] = {};  // of each block of the cluster
+inline size_t shared_bytes = 0;       // of a block
 constexpr unsigned MAX_WARPS = 32 * 16;
 inline uint64_t exchange[MAX_WARPS][2][32];
 
@@ -69,10 +70,41 @@ T shuffle(T value, unsigned source, unsigned mask) {
   return result;
 }
 
+/// What a warp's collective works with, beside one register of each lane.
+struct Room {
+  bool done;
+  alignas(64) unsigned char bytes[2048];
+};
+inline Room rooms[MAX_WARPS][2];
+/// Every lane of the warp gives something to the Shape that it shares with the others; when all are there, one of them
+/// does the work. The Shape stays until the warp's next collective but one.
+template <class Shape, class Give, class Work>
+const Shape& together(int site, Give give, Work work) {
+  static_assert(sizeof(Shape) <= sizeof(Room::bytes), "the room of a collective");
+  Room& room = rooms[current->warp][current->parity];
+  Shape& shape = *reinterpret_cast<Shape*>(room.bytes);
+  current->parity ^= 1;
+  room.done = false;
+  give(shape);
+  wait(State::at_warp, site);
+  if (!room.done) {
+    room.done = true;
+    work(shape);
+  }
+  return shape;
+}
+
+/// A place in the block's shared memory.
+inline char* shared_at(uint32_t address, unsigned bytes) {
+  if (address % bytes) fail("an address in shared memory that is no multiple of " + std::to_string(bytes));
+  if (address + size_t{bytes} > shared_bytes) fail("an address behind the block's shared memory");
+  return shared_memory[current->rank] + address;
+}
+
 // Asynchronous copies arrive as late as they may: until then their destination is NaN.
 struct Copy {
-  void* to;  // null: the end of a group
-  const void* from;
+  void* to;          // null: the end of a group
+  const void* from;  // null: zeros
 };
 inline std::vector<Copy> copies[MAX_WARPS * 32];  // of each thread
 inline std::vector<Copy>& my_copies() { return copies[current->warp * 32 + current->lane]; }
@@ -89,10 +121,12 @@ inline void finish_copies(int pending) {
   for (const Copy& copy : mine) groups += copy.to == nullptr;
   size_t done = 0;
   for (; groups > 0; ++done) {
-    if (mine[done].to)
+    if (mine[done].to == nullptr)
+      --groups;
+    else if (mine[done].from)
       std::memcpy(mine[done].to, mine[done].from, 16);
     else
-      --groups;
+      std::memset(mine[done].to, 0, 16);
   }
   mine.erase(mine.begin(), mine.begin() + static_cast<std::ptrdiff_t>(done));
 }
