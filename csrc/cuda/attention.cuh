@@ -85,12 +85,21 @@ __device__ __forceinline__ Range seen_range(int first, int rows, int other, bool
   }
   return r;
 }
-/// How many tiles of N keys add to tile m of M queries before tile n does. Those that do follow each other, because
-/// what a tile of keys is seen by begins and ends no earlier than for the one before it; the first is the first of
-/// which a key is not behind the window of the tile's first query. A tile takes its turn at all m of its seen_range(),
-/// ascending, whether it has something to add or, by documents, not.
+/// The tile of keys that the backward's block of this number holds. Where later queries alone see a key, a tile begins
+/// at its diagonal, so the last is the first there: it starts first, and no tile waits for its turn.
+__device__ __forceinline__ Place place_keys(const AttentionArguments& a, int number) {
+  Place p = place(a, number, a.kv_heads);
+  if (a.after) p.tile = a.tiles - 1 - p.tile;
+  return p;
+}
+/// How many tiles of N keys add to tile m of M queries before tile n does, in the order of place_keys(). Those that add
+/// to it follow each other, because what a tile of keys is seen by begins and ends no earlier than for the one before
+/// it. The lowest is the one whose last key the tile's first query still sees, the highest the one whose first key the
+/// last sees. A tile takes its turn at all m of its seen_range(), whether it has something to add or, by documents,
+/// not.
 template <int M, int N>
 __device__ __forceinline__ int turn_of(const AttentionArguments& a, const Extent& e, int n, int m) {
+  if (a.after) return min_of((m + 1) * M - 1 + e.after, e.len_k - 1) / N - n;
   return n - (a.before ? max_of(m * M - e.before, 0) / N : 0);
 }
 /// The same within what document_ranges wrote for a tile.
