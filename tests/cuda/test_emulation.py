@@ -25,8 +25,8 @@ def run(
     probe = ctypes.CDLL(str(emulation.build() / "libprobe.so")).probe
     probe.restype = ctypes.c_char_p
     error = probe(
-        op.encode(), order.encode(), dtype, variant, ctypes.c_int64(blocks), threads, cluster, ctypes.c_int64(shared), arch,
-        ctypes.c_void_p(given.data_ptr()), ctypes.c_void_p(out.data_ptr()), ctypes.c_int64(n),
+        op.encode(), order.encode(), dtype, variant, ctypes.c_int64(blocks), threads, cluster, ctypes.c_int64(shared),
+        arch, ctypes.c_void_p(given.data_ptr()), ctypes.c_void_p(out.data_ptr()), ctypes.c_int64(n),
     )  # fmt: skip
     if error is not None:
         raise RuntimeError(error.decode())

@@ -6,7 +6,6 @@ import pytest
 import torch
 from torch import Tensor
 
-from tests import emulation
 from tests.cuda.test_emulation import each_order, run
 
 HALVES = [(1, torch.bfloat16), (2, torch.float16)]

@@ -100,7 +100,6 @@ class Scheduler {
       const unsigned rank = static_cast<unsigned>(i / threads_), thread = static_cast<unsigned>(i % threads_);
       f = Fiber{};
       copies[i].clear();
-      copies[i].clear();
       f.thread = {thread, 0, 0};
       f.block = {first + rank, y, 0};
       f.rank = rank;
