@@ -1,9 +1,9 @@
 """Builds `fastlm._C` and `fastlm._cuda` with ninja, and the CUDA kernels where there is an nvcc.
 
 _C: every csrc/cpu/*.cpp once per instruction set, plus one pybind11 unit. _cuda (Linux): the launchers, which are
-csrc/cuda/*.cpp; they open the CUDA driver at run time and link nothing of CUDA. Kernels: every csrc/cuda/*.cu once per
-dtype, for every architecture, to fastlm/cuda/binaries/<op>.<dtype>.fatbin; without nvcc they are compiled at the first
-use, from the sources in the package.
+csrc/cuda/*.cpp; they open the CUDA driver at run time and link nothing of CUDA. Kernels: every unit of csrc/cuda/*.cu
+(fastlm/cuda/_sources.py) once per dtype, for its architectures, to fastlm/cuda/binaries/<unit>.<dtype>.fatbin; without
+nvcc they are compiled at the first use, from the sources in the package.
 
 Needs setuptools, pybind11, ninja and a C++17 compiler; never torch. Without a compiler the package still installs
 and runs on its PyTorch reference; what goes wrong with _cuda does not take _C down. From the environment: CXX names the
@@ -97,10 +97,11 @@ class Nvcc(NamedTuple):
     architectures: list[str]  # "80", "90a"
     ptx: list[str]
 
-    def flags(self) -> list[str]:
-        """One -gencode per binary in the file."""
-        codes = [(a, f"sm_{a}") for a in self.architectures] + [(a, f"compute_{a}") for a in self.ptx]
-        return [flag for a, code in codes for flag in ("-gencode", f"arch=compute_{a},code={code}")]
+
+def gencode(architectures: list[str], ptx: list[str]) -> list[str]:
+    """One -gencode per binary in the file."""
+    codes = [(a, f"sm_{a}") for a in architectures] + [(a, f"compute_{a}") for a in ptx]
+    return [flag for a, code in codes for flag in ("-gencode", f"arch=compute_{a},code={code}")]
 
 
 def wanted_architectures() -> tuple[list[str], list[str]]:
@@ -154,7 +155,9 @@ def probe_nvcc(path: str) -> Nvcc | str:
         with tempfile.TemporaryDirectory() as folder:
             source = Path(folder, "probe.cu")
             source.write_text("__global__ void probe() {}\n")
-            tried = run(*NVCC_FLAGS, *nvcc.flags(), "-o", str(source.with_suffix(".fatbin")), str(source))
+            tried = run(
+                *NVCC_FLAGS, *gencode(architectures, ptx), "-o", str(source.with_suffix(".fatbin")), str(source)
+            )
         if tried.returncode != 0:
             return f"{path} cannot compile an empty kernel: {(tried.stderr or tried.stdout).strip()[-300:]}"
         return nvcc
@@ -239,17 +242,19 @@ class NinjaFile:
         """The fatbins. Their folder is named after the compiler, so that another one compiles them again."""
         folder = self.build / f"nvcc-{nvcc.version}"
         folder.mkdir(exist_ok=True)
-        flags = [*NVCC_FLAGS, "-Werror", "all-warnings", f"-I{ninja_quote(CSRC)}", *nvcc.flags()]
+        flags = [*NVCC_FLAGS, "-Werror", "all-warnings", f"-I{ninja_quote(CSRC)}"]
         command = f"{ninja_quote(shlex.quote(nvcc.path))} {' '.join(flags)} $flags -MD -MF $out.d -o $out $in"
         self.lines.append(
             f"rule nvcc\n  command = {command} && times > $out.times\n  depfile = $out.d\n  deps = gcc\n"
             "  description = compile $out"
         )
-        return [
-            self.add(folder / f"{op}.{dtype}.fatbin", "nvcc", [CUDA / f"{op}.cu"], [f"-DFASTLM_DTYPE={value}"])
-            for op in SOURCES.ops(CSRC)
-            for dtype, value in SOURCES.DTYPES.items()
-        ]
+        fatbins = []
+        for unit in SOURCES.units(CSRC).values():
+            architectures, ptx = SOURCES.chosen(unit.target, nvcc.architectures, nvcc.ptx)
+            for dtype in unit.target.dtypes if architectures else ():
+                flags = [*gencode(architectures, ptx), f"-DFASTLM_DTYPE={SOURCES.DTYPES[dtype]}", *unit.flags]
+                fatbins.append(self.add(folder / f"{unit.name}.{dtype}.fatbin", "nvcc", [CSRC / unit.source], flags))
+        return fatbins
 
 
 def compile_seconds(outputs: list[Path]) -> float:
@@ -340,6 +345,10 @@ class NinjaBuild(build_ext):
 
     def record(self, trouble: str | None, nvcc: Nvcc | None, why: str, fatbins: list[Path], seconds: float) -> None:
         """What fastlm/cuda/_binaries.py goes by."""
+        units = {}
+        for unit in SOURCES.units(CSRC).values():
+            architectures, ptx = SOURCES.chosen(unit.target, nvcc.architectures, nvcc.ptx) if nvcc else ([], [])
+            units[unit.name] = {**SOURCES.digests(unit, CSRC), "architectures": architectures, "ptx": ptx}
         manifest = {
             "launchers": trouble or "built",
             "nvcc": nvcc.version if nvcc else None,
@@ -348,7 +357,7 @@ class NinjaBuild(build_ext):
             "ptx": nvcc.ptx if nvcc else [],
             "seconds": seconds,
             "files": {path.name: path.stat().st_size for path in fatbins},
-            "sources": {op: SOURCES.digests(op, CSRC) for op in SOURCES.ops(CSRC)},
+            "units": units,
         }
         target = self.package / "cuda" / "binaries" / "manifest.json"
         target.parent.mkdir(parents=True, exist_ok=True)

@@ -1,7 +1,8 @@
 """Compiles csrc/cuda for every chip and looks at what came out, without a GPU.
 
-    python -m bench.cuda_binaries                       every op, sm_80 to sm_120
-    python -m bench.cuda_binaries gelu adam             some of them
+    python -m bench.cuda_binaries                       every unit, sm_80 to sm_120
+    python -m bench.cuda_binaries gelu attention_ampere_forward attention_ampere_bias_64
+                                                        all units of a source, or one
     python -m bench.cuda_binaries --chip sm_90a         one chip
     python -m bench.cuda_binaries --save                also write bench/results/cuda_binaries.json
 
@@ -34,13 +35,14 @@ from typing import NamedTuple
 from bench import binaries
 from bench.binaries import REGISTERS, Figures
 from fastlm.cuda import _binaries, _nvrtc, _sources
+from fastlm.cuda._sources import Unit
 
 ROOT = Path(__file__).resolve().parent.parent
 CACHE = ROOT / "build" / "cuda_binaries"
 TABLE = binaries.Committed(ROOT / "bench" / "results" / "cuda_binaries.json")
-"""By compiler; rows are dtype and instance."""
+"""By compiler and unit; rows are dtype and instance."""
 
-OPS = _sources.ops(_sources.folder())
+UNITS = _sources.units(_sources.folder())
 CHIPS = tuple(f"sm_{arch}" for arch in _sources.ARCHITECTURES)
 
 NARROW = {
@@ -53,7 +55,7 @@ NARROW = {
     "rope": r"rope_0",
     "embedding": r"embedding_(forward|starts)_0",  # unaligned rows; the search
 }
-"""By op, the instances (the whole name) that need have no access of 16 bytes: what moves element by element."""
+"""By source, the instances (the whole name) that need have no access of 16 bytes: what moves element by element."""
 
 
 # --- compiling -------------------------------------------------------------------------------------------------------
@@ -84,40 +86,46 @@ def missing() -> str | None:
     return None if find_spec("triton") else "Triton is not installed, which brings the disassembler"
 
 
-def compile(op: str, dtype: str, chip: str) -> bytes:
+def chips(unit: Unit) -> list[str]:
+    """What a unit is judged on: all that binaries are made for, and the newest of what compiles its PTX."""
+    made, ptx = _sources.chosen(unit.target, [*_sources.ARCHITECTURES], [])
+    return [f"sm_{arch}" for arch in made] + [CHIPS[-1] for _ in ptx]
+
+
+def compile(unit: Unit, dtype: str, chip: str) -> bytes:
     """Raises RuntimeError, also for a warning."""
-    return with_nvrtc(op, dtype, chip) if _nvrtc.find()[0] is not None else with_nvcc(op, dtype, chip)
+    return with_nvrtc(unit, dtype, chip) if _nvrtc.find()[0] is not None else with_nvcc(unit, dtype, chip)
 
 
-def with_nvrtc(op: str, dtype: str, chip: str) -> bytes:
-    source = _sources.closure(f"cuda/{op}.cu", _sources.folder())
+def with_nvrtc(unit: Unit, dtype: str, chip: str) -> bytes:
+    source = _sources.closure(unit.source, _sources.folder())
     nvrtc, why = _nvrtc.find()
     if nvrtc is None:
         raise FileNotFoundError(why)
-    binary, log = nvrtc.compile(source, _binaries.options(dtype, chip.removeprefix("sm_")))
+    binary, log = nvrtc.compile(source, _binaries.options(unit, dtype, chip.removeprefix("sm_")))
     if log:
         raise RuntimeError(log)
     return binary
 
 
-def with_nvcc(op: str, dtype: str, chip: str) -> bytes:
+def with_nvcc(unit: Unit, dtype: str, chip: str) -> bytes:
     with tempfile.TemporaryDirectory() as folder:
-        path, source = Path(folder, "kernel.cubin"), _sources.folder() / "cuda" / f"{op}.cu"
+        path, flags = Path(folder, "kernel.cubin"), [f"-DFASTLM_DTYPE={_sources.DTYPES[dtype]}", *unit.flags]
         command = [str(nvcc()), "-cubin", "-O3", "-std=c++17", "-Werror", "all-warnings", f"-arch={chip}"]
-        command += [f"-I{_sources.folder()}", f"-DFASTLM_DTYPE={_sources.DTYPES[dtype]}", "-o", str(path), str(source)]
-        run = subprocess.run(command, capture_output=True, text=True)
+        command += [f"-I{_sources.folder()}", *flags, "-o", str(path)]
+        run = subprocess.run([*command, _sources.folder() / unit.source], capture_output=True, text=True)
         if run.returncode:
             raise RuntimeError((run.stderr + run.stdout).strip())
         return path.read_bytes()
 
 
 class Job(NamedTuple):
-    op: str
+    unit: Unit
     dtype: str
     chip: str
 
     def digest(self) -> str:
-        source = _sources.digest(_sources.closure(f"cuda/{self.op}.cu", _sources.folder()))
+        source = _sources.digest(_sources.closure(self.unit.source, _sources.folder()))
         reading = "".join(inspect.getsource(part) for part in (with_nvcc, _binaries.options, read, *binaries.READING))
         return hashlib.sha256(repr([*self, version(), reading, source]).encode()).hexdigest()[:32]
 
@@ -135,13 +143,13 @@ def read(cubin: bytes) -> dict[str, Figures]:
 
 
 def figures(job: Job) -> dict[str, Figures]:
-    """By instance; of an op that does not compile the error, under the op's name."""
+    """By instance; of a unit that does not compile the error, under the unit's name."""
     path = CACHE / job.digest()
     if not path.exists():
         try:
             found = read(compile(*job))
         except RuntimeError as error:
-            return {job.op: {"error": str(error)}}
+            return {job.unit.name: {"error": str(error)}}
         CACHE.mkdir(parents=True, exist_ok=True)
         part = path.with_suffix(f".{os.getpid()}")
         part.write_text(json.dumps(found))
@@ -149,9 +157,10 @@ def figures(job: Job) -> dict[str, Figures]:
     return json.loads(path.read_text())
 
 
-def collect(ops: Iterable[str], chips: Sequence[str], processes: int) -> dict[Job, dict[str, Figures]]:
-    """Processes, because NVRTC compiles one program at a time in each."""
-    jobs = [Job(op, dtype, chip) for op in ops for dtype in _sources.DTYPES for chip in chips]
+def collect(units: Iterable[Unit], wanted: Sequence[str], processes: int) -> dict[Job, dict[str, Figures]]:
+    """On those of the wanted chips that each is judged on. Processes, because NVRTC compiles one program at a time in
+    each."""
+    jobs = [Job(u, dtype, chip) for u in units for dtype in u.target.dtypes for chip in chips(u) if chip in wanted]
     version()  # finds the compiler, for all of them
     with ProcessPoolExecutor(processes, get_context("fork")) as pool:
         return dict(zip(jobs, pool.map(figures, jobs), strict=True))
@@ -160,8 +169,8 @@ def collect(ops: Iterable[str], chips: Sequence[str], processes: int) -> dict[Jo
 # --- judging ---------------------------------------------------------------------------------------------------------
 
 
-def complaints(op: str, instance: str, f: Figures) -> list[str]:
-    """What an instance's figures break; empty means nothing."""
+def complaints(source: str, instance: str, f: Figures) -> list[str]:
+    """What an instance's figures break; empty means nothing. source: the stem of its file."""
     if "error" in f:
         return [f"does not compile: {f['error']}"]
     found = []
@@ -169,11 +178,15 @@ def complaints(op: str, instance: str, f: Figures) -> list[str]:
         found.append(f"{f['spills']} spilling instructions, {f['local']} bytes of local memory")
     if f["registers"] > f["most"] or f["registers"] * f["threads"] > REGISTERS:
         found.append(f"{f['registers']} registers for {f['threads']} threads, {f['most']} allowed")
-    if not wide(f) and not re.fullmatch(NARROW.get(op, ""), instance):
+    if not wide(f) and not re.fullmatch(NARROW.get(source, ""), instance):
         found.append("no access of 16 bytes, and NARROW does not name it")
     if f.get("float atomics"):
         found.append("atomics on floats: their order changes the bits")
     return found
+
+
+def stem(unit: Unit) -> str:
+    return Path(unit.source).stem
 
 
 def wide(f: Figures) -> bool:
@@ -181,25 +194,25 @@ def wide(f: Figures) -> bool:
 
 
 def unused(rows: dict[Job, dict[str, Figures]]) -> list[str]:
-    """Exceptions that nothing needs: instances that NARROW names and that are wide, ops of which it names none."""
+    """Exceptions that nothing needs: instances that NARROW names and that are wide, sources of which it names none."""
     found = []
-    for op in {job.op for job in rows} & {*NARROW}:
+    for source in {stem(job.unit) for job in rows} & {*NARROW}:
         named: dict[str, list[bool]] = {}
         for job, instances in rows.items():
             for instance, f in instances.items():
-                if job.op == op and re.fullmatch(NARROW[op], instance) and "error" not in f:
+                if stem(job.unit) == source and re.fullmatch(NARROW[source], instance) and "error" not in f:
                     named.setdefault(instance, []).append(wide(f))
-        found += [instance for instance, each in named.items() if all(each)] if named else [op]
+        found += [instance for instance, each in named.items() if all(each)] if named else [source]
     return sorted(found)
 
 
 def table(rows: dict[Job, dict[str, Figures]]) -> binaries.Table:
     """What is zero wherever the rules hold is left out."""
     result: binaries.Table = {}
-    for (op, dtype, chip), instances in rows.items():
+    for (unit, dtype, chip), instances in rows.items():
         for instance, f in instances.items():
             kept = {name: value for name, value in f.items() if value or name not in ("local", "shared", "spills")}
-            result.setdefault(op, {}).setdefault(f"{dtype} {instance}", {})[chip] = kept
+            result.setdefault(unit.name, {}).setdefault(f"{dtype} {instance}", {})[chip] = kept
     return result
 
 
@@ -207,22 +220,24 @@ def main() -> int:
     parser = argparse.ArgumentParser(
         prog="python -m bench.cuda_binaries", description=__doc__, formatter_class=argparse.RawTextHelpFormatter
     )
-    parser.add_argument("ops", nargs="*", metavar="op", help=f"any of: {', '.join(OPS)}")
+    sources = {stem(unit): "" for unit in UNITS.values()}
+    parser.add_argument("names", nargs="*", metavar="unit", help=f"any of: {', '.join(sources)}; or one unit of them")
     parser.add_argument("--chip", action="append", choices=CHIPS, help="default: all")
     parser.add_argument("--processes", type=int, default=min(os.cpu_count() or 1, 8), help="compilations at a time")
     parser.add_argument("--save", action="store_true", help=f"write {TABLE.path.relative_to(ROOT)}")
     parser.add_argument("--json", action="store_true", help="print complaints and differences as JSON, for the tests")
     options = parser.parse_args()
-    unknown = [op for op in options.ops if op not in OPS]
-    if unknown:
-        parser.error(f"no op {', '.join(unknown)}; choose from {', '.join(OPS)}")
+    names = {*options.names}
+    if unknown := names - {*sources, *UNITS}:
+        parser.error(f"no unit {', '.join(unknown)}; choose from {', '.join(sources)}")
+    units = [unit for unit in UNITS.values() if not names or names & {unit.name, stem(unit)}]
     start = time.perf_counter()
-    rows = collect(options.ops or OPS, options.chip or CHIPS, options.processes)
+    rows = collect(units, options.chip or CHIPS, options.processes)
     broken = [
-        f"{job.op} {job.dtype} {instance} on {job.chip}: {what}"
+        f"{job.unit.name} {job.dtype} {instance} on {job.chip}: {what}"
         for job, instances in rows.items()
         for instance, f in instances.items()
-        for what in complaints(job.op, instance, f)
+        for what in complaints(stem(job.unit), instance, f)
     ]
     now, old = table(rows), TABLE.read().get(version())
     changed = [] if old is None else binaries.differences(old, now, CHIPS)

@@ -20,6 +20,8 @@ import sys
 import sysconfig
 from pathlib import Path
 
+from fastlm.cuda import _sources
+
 ROOT = Path(__file__).resolve().parent.parent
 SOURCE = ROOT / "csrc" / "cuda"
 PROBES = ROOT / "tests" / "cuda"
@@ -52,32 +54,34 @@ def build() -> Path:
         f"rule link\n  command = g++ -shared {' '.join(SANITIZE)} -o $out $in",
     ]
 
-    def compile_unit(source: Path, name: str, flags: str) -> str:
+    def compile_object(source: Path, name: str, flags: str) -> str:
         lines.append(f"build {name}.o: cxx {source}\n  flags = {flags}")
         return f"{name}.o"
 
-    def kernels(source: Path) -> list[str]:
-        """One unit for each dtype, its namespace fastlm::cuda renamed: on a GPU every unit is a program of its own, and
-        here the linker would take one unit's inline functions for those of all."""
-        op, objects = source.stem, []
-        for dtype in range(3):
-            unit = f"-x c++ -DFASTLM_OP='\"{op}\"' -DFASTLM_DTYPE={dtype} -Dcuda=cuda_{op}_{dtype}"
-            objects.append(compile_unit(source, f"{op}.{dtype}", f"{flags} {unit}"))
+    def kernels(unit: _sources.Unit, root: Path) -> list[str]:
+        """An object for each dtype, its namespace fastlm::cuda renamed: on a GPU each is a program of its own, and here
+        the linker would take one's inline functions for those of all."""
+        objects = []
+        for dtype in unit.target.dtypes:
+            value = _sources.DTYPES[dtype]
+            own = f"-DFASTLM_OP='\"{unit.name}\"' -DFASTLM_DTYPE={value} -Dcuda=cuda_{unit.name}_{value}"
+            given = " ".join([flags, "-x c++", own, *unit.flags])
+            objects.append(compile_object(root / unit.source, f"{unit.name}.{dtype}", given))
         return objects
 
     common = [SOURCE / "launch.cpp", SOURCE / "emulation" / "emulator.cpp"]
-    shared = [compile_unit(source, source.stem, flags) for source in common]
+    shared = [compile_object(source, source.stem, flags) for source in common]
     includes = f"-I{pybind11.get_include()} -I{sysconfig.get_paths()['include']} -I{ROOT / 'csrc'}"
-    objects = [*shared, compile_unit(ROOT / "csrc" / "bindings.cpp", "bindings", " ".join([*FLAGS, includes]))]
+    objects = [*shared, compile_object(ROOT / "csrc" / "bindings.cpp", "bindings", " ".join([*FLAGS, includes]))]
     for source in sorted(SOURCE.glob("*.cpp")):
         if source not in common and source.name != "driver.cpp":
-            objects.append(compile_unit(source, source.stem, flags))
-    for source in sorted(SOURCE.glob("*.cu")):
-        objects += kernels(source)
+            objects.append(compile_object(source, source.stem, flags))
+    for unit in _sources.units(ROOT / "csrc").values():
+        objects += kernels(unit, ROOT / "csrc")
     lines.append(f"build {MODULE}: link {' '.join(objects)}")
-    probe = [*shared, compile_unit(PROBES / "probe.cpp", "probe", flags)]
+    probe = [*shared, compile_object(PROBES / "probe.cpp", "probe", flags)]
     for source in sorted(PROBES.glob("probe*.cu")):
-        probe += kernels(source)
+        probe += kernels(_sources.Unit(source.stem, source.name), PROBES)
     lines.append(f"build {PROBE}: link {' '.join(probe)}")
     (BUILD / "build.ninja").write_text("\n".join(lines) + "\n")
     # Neither the compiler nor ninja is what is examined.

@@ -94,7 +94,7 @@ def test_nvrtc_and_nvcc_of_one_version_make_the_same_instructions(tmp_path: Path
     said = subprocess.run([str(cuda_binaries.nvcc()), "--version"], capture_output=True, text=True).stdout
     if f"release {'.'.join(map(str, nvrtc.version))}," not in said:
         pytest.skip(f"NVRTC {nvrtc.version} and nvcc of another version")
-    job = cuda_binaries.Job("gelu", "bfloat16", "sm_90a")
+    job = cuda_binaries.Job(cuda_binaries.UNITS["gelu"], "bfloat16", "sm_90a")
     code = []
     for compile in (cuda_binaries.with_nvrtc, cuda_binaries.with_nvcc):
         path = tmp_path / "kernel.cubin"
@@ -134,6 +134,9 @@ extern "C" __global__ void __launch_bounds__(1024, 2) spilling(const float* x, f
 """
 
 
+OP = _sources.Unit("op", "cuda/op.cu")
+
+
 @pytest.fixture
 def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setattr(_sources, "folder", lambda: tmp_path)
@@ -145,7 +148,7 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def test_reads_a_binary(folder: Path) -> None:
-    figures = cuda_binaries.figures(cuda_binaries.Job("op", "bfloat16", "sm_90a"))
+    figures = cuda_binaries.figures(cuda_binaries.Job(OP, "bfloat16", "sm_90a"))
     wide, spilling = figures["wide"], figures["spilling"]
     assert wide["most"] == 64 and wide["threads"] == 256 and wide["shared"] >= 4096
     assert wide["loads"] == wide["stores"] == {"16": 1} and not cuda_binaries.complaints("op", "wide", wide)
@@ -153,23 +156,36 @@ def test_reads_a_binary(folder: Path) -> None:
     assert [text.split()[1] for text in cuda_binaries.complaints("op", "spilling", spilling)] == ["spilling", "access"]
 
 
+def test_a_unit_is_judged_on_the_chips_that_run_it() -> None:
+    assert cuda_binaries.chips(OP) == [*cuda_binaries.CHIPS]
+    ampere, hopper = (OP._replace(target=target) for target in (_sources.AMPERE, _sources.HOPPER))
+    assert cuda_binaries.chips(ampere) == ["sm_80", "sm_90a", "sm_120"] and cuda_binaries.chips(hopper) == ["sm_90a"]
+
+
+def test_the_definitions_of_a_unit_reach_the_compiler(folder: Path) -> None:
+    unit = OP._replace(flags=("-DSIZE=128",), name="op_128")
+    (folder / "cuda" / "other.h").write_text("")
+    assert cuda_binaries.figures(cuda_binaries.Job(unit, "bfloat16", "sm_90a"))["wide"]["shared"] < 4096
+
+
 def test_the_cache_depends_on_all_a_binary_depends_on(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    job = cuda_binaries.Job("op", "bfloat16", "sm_90a")
-    digests = {job.digest(), *(job._replace(**{k: v}).digest() for k, v in (("dtype", "float32"), ("chip", "sm_80")))}
+    job = cuda_binaries.Job(OP, "bfloat16", "sm_90a")
+    others = (("dtype", "float32"), ("chip", "sm_80"), ("unit", OP._replace(flags=("-DSIZE=1",))))
+    digests = {job.digest(), *(job._replace(**{name: value}).digest() for name, value in others)}
     for name in ("op.cu", "other.h"):
         path = folder / "cuda" / name
         path.write_text(path.read_text() + "\n")
         digests.add(job.digest())
     monkeypatch.setattr(cuda_binaries, "version", lambda: "1.0")
     digests.add(job.digest())
-    assert len(digests) == 6 and job.digest() in digests
+    assert len(digests) == 7 and job.digest() in digests
 
 
 def test_what_does_not_compile_is_said_and_not_kept(folder: Path) -> None:
     (folder / "cuda" / "op.cu").write_text('extern "C" __global__ void f() { int unused = 1; broken }\n')
-    figures = cuda_binaries.figures(cuda_binaries.Job("op", "bfloat16", "sm_90a"))
+    figures = cuda_binaries.figures(cuda_binaries.Job(OP, "bfloat16", "sm_90a"))
     assert "broken" in figures["op"]["error"]
     (folder / "cuda" / "op.cu").write_text('extern "C" __global__ void f() { int unused = 1; }\n')
-    figures = cuda_binaries.figures(cuda_binaries.Job("op", "bfloat16", "sm_90a"))
+    figures = cuda_binaries.figures(cuda_binaries.Job(OP, "bfloat16", "sm_90a"))
     assert "unused" in figures["op"]["error"], "warnings are errors"
     assert not (folder / "cache").exists()

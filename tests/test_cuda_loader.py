@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -22,6 +23,7 @@ from fastlm.cuda import _binaries, _nvrtc, _sources
 
 ROOT = Path(__file__).resolve().parent.parent
 KERNEL = 'extern "C" __global__ void probe(float* x) { x[threadIdx.x] = '
+PROBE = _sources.Unit("probe", "cuda/probe.cu")
 needs_nvrtc = pytest.mark.skipif(_nvrtc.find()[0] is None, reason=_nvrtc.find()[1])
 CACHES = (_binaries.manifest, _binaries._is_packaged, _binaries._warn_once, _nvrtc.find)
 
@@ -54,11 +56,15 @@ def csrc(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
 def package(folder: Path, csrc: Path, architectures: str = "80 90a 120", ptx: str = "120", **other: Any) -> None:
     """What the build leaves."""
     folder.mkdir(exist_ok=True)
-    for dtype in _sources.DTYPES:
-        (folder / f"probe.{dtype}.fatbin").write_bytes(b"packaged " + dtype.encode())
+    units = {}
+    for unit in _sources.units(csrc).values():
+        made, texts = _sources.chosen(unit.target, architectures.split(), ptx.split())
+        units[unit.name] = {**_sources.digests(unit, csrc), "architectures": made, "ptx": texts}
+        for dtype in unit.target.dtypes if made else ():
+            (folder / f"{unit.name}.{dtype}.fatbin").write_bytes(b"packaged " + dtype.encode())
     manifest = {
         "launchers": "built", "nvcc": "13.0.88", "reason": None, "architectures": architectures.split(),
-        "ptx": ptx.split(), "seconds": 1.0, "sources": {"probe": _sources.digests("probe", csrc)},
+        "ptx": ptx.split(), "seconds": 1.0, "units": units,
     }  # fmt: skip
     (folder / "manifest.json").write_text(json.dumps({**manifest, **other}))
     forget()
@@ -114,7 +120,7 @@ def no_nvrtc(monkeypatch: pytest.MonkeyPatch) -> None:
     ],
 )
 def test_what_serves_a_gpu(architectures: str, ptx: str, arch: int, served: bool) -> None:
-    assert _binaries.serves(architectures.split(), ptx.split(), arch) is served
+    assert _sources.serves(architectures.split(), ptx.split(), arch) is served
 
 
 @pytest.mark.parametrize(
@@ -137,6 +143,118 @@ def test_a_gpu_older_than_the_compiler_knows() -> None:
         _binaries.target(70, [75, 80])
 
 
+# --- units -----------------------------------------------------------------------------------------------------------
+
+FORWARD, HOPPER = "attention_ampere_forward", "attention_hopper_forward"
+
+
+@pytest.fixture
+def attention(csrc: Path) -> Path:
+    """Sources that are compiled once for each head dimension."""
+    (csrc / "cuda" / "attention.h").write_text("#pragma once\nstruct AttentionArguments { float* x; };\n")
+    (csrc / "cuda" / "attention_ampere.h").write_text('#include "cuda/attention.h"\n')
+    for name in (FORWARD, HOPPER):
+        text = f'#include "cuda/attention_ampere.h"\n#include "cuda/value.cuh"\n{KERNEL}FASTLM_HEAD_DIM + VALUE; }}\n'
+        (csrc / "cuda" / f"{name}.cu").write_text(text)
+    return csrc
+
+
+def test_a_source_without_head_dimensions_is_one_unit(csrc: Path) -> None:
+    assert _sources.units(csrc) == {"probe": PROBE}
+    assert PROBE.target.dtypes == ("float32", "bfloat16", "float16")
+
+
+def test_a_unit_for_each_head_dimension(attention: Path) -> None:
+    units = _sources.units(attention)
+    widths = {name: [int(n.rpartition("_")[2]) for n in units if n.startswith(name)] for name in (FORWARD, HOPPER)}
+    assert widths == {FORWARD: [32, 64, 96, 128, 192, 256], HOPPER: [64, 128, 256]}
+    unit = units[f"{FORWARD}_64"]
+    assert (unit.source, unit.flags) == (f"cuda/{FORWARD}.cu", ("-DFASTLM_HEAD_DIM=64",))
+    assert unit.target.dtypes == ("bfloat16", "float16")
+
+
+def test_the_widths_are_those_that_the_launcher_knows() -> None:
+    text = (ROOT / "csrc" / "cuda" / "attention.h").read_text()
+    (known,) = re.findall(r"HEAD_DIMS\[\] = \{([\d, ]+)\}", text)
+    head_dims = tuple(map(int, known.split(",")))
+    for source, (widths, target) in _sources.PER_HEAD_DIM.items():
+        assert set(widths) <= set(head_dims) and (widths == head_dims or not target.ptx), source
+
+
+@pytest.mark.parametrize(
+    ("asked", "ptx", "ampere", "hopper"),
+    [
+        ("80 86 89 90a 100 120", "120", "80 90a +80", "90a"),
+        ("80", "", "80", ""),
+        ("90a", "", "90a", "90a"),
+        ("90a", "90", "90a +80", "90a"),
+        ("86", "", "80", ""),  # which runs there
+        ("89 90a", "", "80 90a", "90a"),
+        ("90", "", "90a", "90a"),
+        ("120", "120", "120 +120", ""),
+        ("90a 120", "", "90a +80", "90a"),
+    ],
+)
+def test_what_is_made_of_a_unit(asked: str, ptx: str, ampere: str, hopper: str) -> None:
+    for target, wanted in ((_sources.AMPERE, ampere), (_sources.HOPPER, hopper), (_sources.Target(), None)):
+        binaries, texts = _sources.chosen(target, asked.split(), ptx.split())
+        if wanted is None:
+            assert (binaries, texts) == (asked.split(), ptx.split())
+        else:
+            assert " ".join([*binaries, *(f"+{each}" for each in texts)]) == wanted
+        for name in map(_sources.number, asked.split() if binaries else []):
+            assert _sources.serves(binaries, texts, name) is _sources.runs(target, name)
+
+
+def test_a_unit_is_loaded_by_its_name(tmp_path: Path, attention: Path, counted: Counted) -> None:
+    package(tmp_path / "binaries", attention, "80 86 90a 120", "120")
+    assert _binaries.load(f"{FORWARD}_64", "bfloat16", 80) == b"packaged bfloat16"
+    assert _binaries.load(f"{FORWARD}_64", "float16", 86) == b"packaged float16"
+    assert _binaries.load(f"{FORWARD}_64", "float16", 120) == b"packaged float16"  # from PTX
+    assert _binaries.load(f"{HOPPER}_128", "float16", 90) == b"packaged float16"
+    assert not counted.calls
+
+
+def test_a_unit_is_compiled_alone_for_the_gpu(tmp_path: Path, attention: Path, counted: Counted) -> None:
+    sources, options = json.loads(_binaries.load(f"{FORWARD}_96", "float16", 120))
+    assert "--gpu-architecture=sm_120" in options and "-DFASTLM_HEAD_DIM=96" in options
+    assert next(iter(sources)) == f"cuda/{FORWARD}.cu"
+    _binaries.load(f"{FORWARD}_128", "float16", 120)
+    assert len(counted.calls) == 2  # of the same sources
+    assert [path.name.split(".")[0] for path in cached(tmp_path)] == [f"{FORWARD}_128", f"{FORWARD}_96"]
+
+
+@pytest.mark.parametrize(
+    ("name", "dtype", "arch"),
+    [(f"{HOPPER}_64", "bfloat16", 80), (f"{HOPPER}_64", "bfloat16", 100), (f"{HOPPER}_32", "bfloat16", 90),
+     (f"{FORWARD}_64", "float32", 80), (FORWARD, "bfloat16", 80)],
+)  # fmt: skip
+def test_a_unit_that_there_cannot_be(name: str, dtype: str, arch: int, attention: Path, counted: Counted) -> None:
+    with pytest.raises(ImportError, match=f"there is no {name} in {dtype} for sm_{arch}"):
+        _binaries.load(name, dtype, arch)
+    assert not counted.calls
+
+
+def test_a_unit_that_there_cannot_be_is_not_missing(
+    tmp_path: Path, attention: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    package(tmp_path / "binaries", attention, "80", "")
+    no_nvrtc(monkeypatch)
+    assert _binaries.missing([80, 86]) is None
+    assert "sm_90 are in the package" in str(_binaries.missing([80, 90]))
+
+
+def test_the_headers_of_a_unit_are_its_interface(tmp_path: Path, attention: Path, counted: Counted) -> None:
+    package(tmp_path / "binaries", attention)
+    path = attention / "cuda" / "attention.h"
+    path.write_text(path.read_text() + "// changed\n")
+    forget()
+    for name in (f"{FORWARD}_64", f"{HOPPER}_64"):
+        with pytest.raises(RuntimeError, match=r"headers of csrc/cuda/attention_\w+\.cu"):
+            _binaries.load(name, "bfloat16", 90)
+    assert _binaries.load("probe", "bfloat16", 90) == b"packaged bfloat16"
+
+
 # --- the package -----------------------------------------------------------------------------------------------------
 
 
@@ -147,7 +265,7 @@ def test_the_package_is_taken_where_it_serves(tmp_path: Path, csrc: Path, counte
     assert _binaries.load("probe", "float16", 121) == b"packaged float16"
     assert not counted.calls and not cached(tmp_path)
     _binaries.load("probe", "float32", 100)  # served by none of them
-    assert counted.calls == [_binaries.options("float32", "100")]
+    assert counted.calls == [_binaries.options(PROBE, "float32", "100")]
 
 
 def test_binaries_of_other_sources_are_passed_over(tmp_path: Path, csrc: Path, counted: Counted) -> None:
@@ -161,7 +279,7 @@ def test_launchers_never_meet_kernels_that_take_another_struct(tmp_path: Path, c
     package(tmp_path / "binaries", csrc)
     (csrc / "cuda" / "probe.h").write_text("struct ProbeArguments { float* x; int n; };\n")
     forget()
-    with pytest.raises(RuntimeError, match=r"csrc/cuda/probe\.h is not what fastlm\._cuda was built from; install"):
+    with pytest.raises(RuntimeError, match=r"of csrc/cuda/probe\.cu are not what fastlm\._cuda was"):
         _binaries.load("probe", "bfloat16", 80)
     assert not counted.calls
 
@@ -375,15 +493,14 @@ def test_an_error_brings_the_log(tmp_path: Path, csrc: Path) -> None:
 
 
 @needs_nvrtc
-def test_the_ops_compile_from_memory_alone(monkeypatch: pytest.MonkeyPatch) -> None:
-    """One architecture here: bench/cuda_binaries.py does them all."""
-    monkeypatch.setattr(_sources, "folder", lambda: ROOT / "csrc")
+def test_the_sources_compile_from_memory_alone() -> None:
+    """One unit of each and one architecture here: bench/cuda_binaries.py does them all."""
     compiler, _ = _nvrtc.find()
     assert compiler is not None
-    for op in _sources.ops(ROOT / "csrc"):
-        sources = _sources.closure(f"cuda/{op}.cu", ROOT / "csrc")
-        assert f"cuda/{op}.h" in sources and "common.h" in sources
-        binary, log = compiler.compile(sources, _binaries.options("bfloat16", "80"))
+    narrowest = {unit.source: unit for unit in reversed(_sources.units(ROOT / "csrc").values())}
+    for unit in narrowest.values():
+        sources = _sources.closure(unit.source, ROOT / "csrc")
+        binary, log = compiler.compile(sources, _binaries.options(unit, "bfloat16", "90a"))
         assert binary[:4] == b"\x7fELF" and not log, log
 
 
@@ -404,7 +521,7 @@ def test_many_threads(tmp_path: Path) -> None:
 @needs_nvrtc
 def test_two_processes(tmp_path: Path) -> None:
     """At once, with the sources of the checkout."""
-    code = "from fastlm.cuda import _binaries; print(len(_binaries._cached('gelu', 'bfloat16', '80')))"
+    code = "from fastlm.cuda import _binaries as b; print(len(b._cached(b._units()['gelu'], 'bfloat16', '80')))"
     shutil.rmtree(tmp_path / "cache", ignore_errors=True)
     running = [
         subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, stdout=subprocess.PIPE, env=os.environ)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -163,10 +164,13 @@ def test_without_nvcc_the_launchers_and_the_sources_are_there(cuda: Path) -> Non
     assert found["launchers"] == "built" and found["nvcc"] is None and "no nvcc in" in found["reason"]
     for path in built.glob("*.so"):
         path.unlink()  # the stand-in's cannot be loaded
-    code = "from fastlm.cuda import _sources; root = _sources.folder(); print(root, _sources.digests('gelu', root))"
+    code = (
+        "from fastlm.cuda import _sources as s; root = s.folder(); print(root, s.digests(s.units(root)['gelu'], root))"
+    )
     run = subprocess.run([sys.executable, "-c", code], cwd=built.parent, capture_output=True, text=True, check=True)
     assert run.stdout.split()[0] == str(built / "cuda" / "csrc")
-    assert all(digest in run.stdout for digest in found["sources"]["gelu"].values())
+    unit = found["units"]["gelu"]
+    assert unit["kernel"] in run.stdout and unit["interface"] in run.stdout
 
 
 def test_nvcc_on_the_path(cuda: Path) -> None:
@@ -182,6 +186,28 @@ def test_nvcc_on_the_path(cuda: Path) -> None:
     for part in ("-DFASTLM_DTYPE=1", "arch=compute_90a,code=sm_90a", "arch=compute_120,code=compute_120",
                  "-Werror all-warnings", "-compress-all"):  # fmt: skip
         assert part in made
+
+
+def test_a_unit_for_each_head_dimension_on_the_chips_that_run_it(cuda: Path) -> None:
+    fake_nvcc(cuda / "bin" / "nvcc")
+    for source in ("attention_ampere_forward", "attention_hopper_forward"):
+        (cuda / "csrc" / "cuda" / f"{source}.cu").write_text("")
+    run = install(cuda)
+    assert run.returncode == 0, run.stderr
+    folder, found = package(cuda) / "cuda" / "binaries", manifest(package(cuda))["units"]
+    assert {name.removesuffix(".bfloat16.fatbin") for name in binaries(package(cuda)) if "bfloat16" in name} == {*found}
+    ampere, hopper = ("attention_ampere_forward_96", "attention_hopper_forward_128")
+    assert not (folder / f"{ampere}.float32.fatbin").exists() and (folder / f"{hopper}.float16.fatbin").exists()
+    made = (folder / f"{ampere}.float16.fatbin").read_text()
+    assert "-DFASTLM_DTYPE=2 -DFASTLM_HEAD_DIM=96" in made
+    codes = {unit: re.findall(r"code=(\w+)", (folder / f"{unit}.bfloat16.fatbin").read_text()) for unit in found}
+    assert codes[ampere] == ["sm_80", "sm_90a", "compute_80"] and codes[hopper] == ["sm_90a"]
+    assert (found[ampere]["architectures"], found[ampere]["ptx"]) == (["80", "90a"], ["80"])
+    assert codes["gelu"] == ["sm_80", "sm_90a", "sm_120", "compute_120"]
+    run = install(cuda, FASTLM_CUDA_ARCHS="89")
+    assert run.returncode == 0, run.stderr
+    assert not any("hopper" in name for name in binaries(package(cuda)))
+    assert manifest(package(cuda))["units"][hopper]["architectures"] == []
 
 
 def test_an_nvcc_in_cuda_home_comes_first(cuda: Path) -> None:

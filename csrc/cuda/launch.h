@@ -44,7 +44,9 @@ TensorMap tensor_map(DType dtype, const void* base, const std::array<int64_t, 5>
                      const std::array<int64_t, 4>& strides, const std::array<int, 5>& box, int swizzle);
 
 /// All instances of one kernel. csrc/cuda/<op>.cu defines an instance for each variant, a number below MAX_VARIANTS,
-/// with FASTLM_KERNEL(name, variant, ...); the file is compiled once per dtype.
+/// with FASTLM_KERNEL(name, variant, ...); the file is compiled once per dtype. `op` is the unit's name, which is the
+/// file's but where fastlm/cuda/_sources.py compiles a file once for each head dimension:
+/// "attention_hopper_forward_64".
 ///
 ///   static Kernel forward("gelu", "gelu_forward");
 ///   forward.launch(dtype, variant, Grid{blocks, 256}, GeluArguments{x, y, n}, device, stream);
@@ -76,7 +78,7 @@ const char* name_of(DType dtype);
 /// The launch whatever runs it: throws std::invalid_argument unless a GPU could take the grid.
 void check_grid(const Kernel& kernel, int variant, const Grid& grid);
 
-/// The binary (cubin or fatbin) of csrc/cuda/<op>.cu for a dtype and a GPU of this architecture and number.
+/// The binary (cubin or fatbin) of a unit for a dtype and a GPU of this architecture and number.
 using Loader = std::function<std::string(const std::string& op, const std::string& dtype, int arch)>;
 void set_loader(Loader loader);
 

@@ -23,7 +23,7 @@ from fastlm.cuda import _nvrtc, _sources
 PACKAGED = Path(__file__).parent / "binaries"
 
 
-def options(dtype: str, arch: str) -> list[str]:
+def options(unit: _sources.Unit, dtype: str, arch: str) -> list[str]:
     """NVRTC's, for an architecture as compile() takes it."""
     kind = "compute" if arch.endswith("ptx") else "sm"
     return [
@@ -31,13 +31,15 @@ def options(dtype: str, arch: str) -> list[str]:
         "--std=c++17",
         "--device-as-default-execution-space",  # the constexpr functions of the headers
         f"-DFASTLM_DTYPE={_sources.DTYPES[dtype]}",
+        *unit.flags,
     ]
 
 
-def compile(op: str, dtype: str, arch: str) -> bytes:
-    """The cubin of csrc/cuda/<op>.cu, made by NVRTC now.
+def compile(name: str, dtype: str, arch: str) -> bytes:
+    """The cubin of a unit, made by NVRTC now.
 
     Args:
+        name: "gelu", "attention_ampere_forward_64": _sources.units().
         dtype: "float32", "bfloat16" or "float16".
         arch: "80", "90a", ...; with "ptx" behind it PTX.
 
@@ -45,30 +47,36 @@ def compile(op: str, dtype: str, arch: str) -> bytes:
         ImportError: there is no NVRTC.
         CompileError: with NVRTC's log.
     """
-    return _compiler().compile(_sources.closure(f"cuda/{op}.cu", _sources.folder()), options(dtype, arch))[0]
+    unit = _units()[name]
+    return _compiler().compile(_sources.closure(unit.source, _sources.folder()), options(unit, dtype, arch))[0]
 
 
-def load(op: str, dtype: str, arch: int) -> bytes:
+def load(name: str, dtype: str, arch: int) -> bytes:
     """What the launchers ask for: the binary (cubin, fatbin or PTX) for a GPU of this compute capability, 80 for 8.0.
 
     Raises:
         ImportError: neither packaged nor compilable.
         RuntimeError: the launchers were built from other sources; CompileError.
     """
-    sources = _sources.digests(op, _sources.folder())
-    built = manifest().get("sources", {}).get(op)
-    if built is not None and built["interface"] != sources["interface"]:
+    unit = _units().get(name)
+    if unit is None or dtype not in unit.target.dtypes or not _sources.runs(unit.target, arch):
+        raise ImportError(f"there is no {name} in {dtype} for sm_{arch}")
+    built = manifest().get("units", {}).get(name)
+    if built is not None and built["interface"] != _sources.digests(unit, _sources.folder())["interface"]:
         # The launchers would pass another struct than the kernels take.
-        raise RuntimeError(f"csrc/cuda/{op}.h is not what fastlm._cuda was built from; install fastlm again")
-    if _is_packaged(op, arch):
-        return (PACKAGED / f"{op}.{dtype}.fatbin").read_bytes()
-    return _cached(op, dtype, target(arch, _compiler().architectures))
+        raise RuntimeError(f"the headers of csrc/{unit.source} are not what fastlm._cuda was built from; "
+                           "install fastlm again")  # fmt: skip
+    if _is_packaged(name, arch):
+        return (PACKAGED / f"{name}.{dtype}.fatbin").read_bytes()
+    return _cached(unit, dtype, target(arch, _compiler().architectures))
 
 
 def missing(archs: Iterable[int]) -> str | None:
     """Why there can be no binary for GPUs of these compute capabilities, or None."""
-    ops = _sources.ops(_sources.folder())
-    unserved = sorted({arch for arch in archs if not all(_is_packaged(op, arch) for op in ops)})
+    units = _units().values()
+    unserved = sorted(
+        {arch for arch in archs if not all(_is_packaged(u.name, arch) for u in units if _sources.runs(u.target, arch))}
+    )
     if not unserved:
         return None
     compiler, why = _nvrtc.find()
@@ -104,30 +112,18 @@ def manifest() -> dict[str, Any]:
 
 
 @functools.cache
-def _is_packaged(op: str, arch: int) -> bool:
+def _is_packaged(name: str, arch: int) -> bool:
     """Whether the package has a binary of today's sources for this GPU. It is passed over where it may be too new for
     the driver: torch for CUDA 12 needs no driver that takes what nvcc 13 makes, and brings an NVRTC of its own."""
-    built = manifest()
-    if not serves(built.get("architectures", []), built.get("ptx", []), arch):
+    built = manifest().get("units", {}).get(name)
+    if built is None or not _sources.serves(built["architectures"], built["ptx"], arch):
         return False
-    if built["sources"].get(op, {}).get("kernel") != _sources.digests(op, _sources.folder())["kernel"]:
+    if built["kernel"] != _sources.digests(_units()[name], _sources.folder())["kernel"]:
         return False
-    torch_cuda = torch.version.cuda or built["nvcc"]
-    newer = int(built["nvcc"].partition(".")[0]) > int(torch_cuda.partition(".")[0])
+    nvcc = manifest()["nvcc"]
+    torch_cuda = torch.version.cuda or nvcc
+    newer = int(nvcc.partition(".")[0]) > int(torch_cuda.partition(".")[0])
     return not (newer and _nvrtc.find()[0] is not None)
-
-
-def serves(architectures: Iterable[str], ptx: Iterable[str], arch: int) -> bool:
-    """Whether a fatbin of these runs on a GPU of this compute capability.
-
-    A binary runs on its own major number from its own minor on, one with a letter on that very chip alone; PTX on
-    everything from its number on.
-    """
-    for name in architectures:
-        number = _sources.number(name)
-        if arch == number or (name.isdigit() and arch // 10 == number // 10 and arch > number):
-            return True
-    return any(arch >= int(name) for name in ptx)
 
 
 def target(arch: int, supported: Iterable[int]) -> str:
@@ -143,6 +139,10 @@ def target(arch: int, supported: Iterable[int]) -> str:
     if newest // 10 == arch // 10:
         return "90a" if newest == 90 else str(newest)
     return f"{newest}ptx"  # the driver compiles the rest
+
+
+def _units() -> dict[str, _sources.Unit]:
+    return _sources.units(_sources.folder())
 
 
 def _compiler() -> _nvrtc.Compiler:
@@ -161,15 +161,15 @@ def cache_folder() -> Path | None:
         return None
 
 
-def _cached(op: str, dtype: str, arch: str) -> bytes:
+def _cached(unit: _sources.Unit, dtype: str, arch: str) -> bytes:
     """compile(), once per machine. A file is the SHA-256 of the binary, then the binary: half a file is no file."""
     compiler = _compiler()
-    sources = _sources.closure(f"cuda/{op}.cu", _sources.folder())
-    flags = options(dtype, arch)
+    sources = _sources.closure(unit.source, _sources.folder())
+    flags = options(unit, dtype, arch)
     identity = json.dumps([_sources.digest(sources), flags, compiler.version, compiler.size])
     key = hashlib.sha256(identity.encode()).hexdigest()[:32]
     folder = cache_folder()
-    path = None if folder is None else folder / f"{op}.{dtype}.sm_{arch}.{key}.cubin"
+    path = None if folder is None else folder / f"{unit.name}.{dtype}.sm_{arch}.{key}.cubin"
     if path is not None:
         try:
             content = path.read_bytes()
