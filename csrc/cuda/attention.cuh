@@ -53,11 +53,20 @@ __device__ __forceinline__ Extent extent(const AttentionArguments& a, int batch)
 __device__ __forceinline__ int64_t row_of(const AttentionArguments& a, const Extent& e, int head) {
   return (static_cast<int64_t>(e.batch) * a.heads + head) * a.total_q + e.start_q;
 }
-/// The number of tile m of a head's queries in dq_sum and turns. Packed sequences each begin a tile there.
-template <int M>
-__device__ __forceinline__ int64_t sum_tile(const AttentionArguments& a, const Extent& e, int batch, int head, int m) {
-  if (a.cu_q) return static_cast<int64_t>(head) * a.tiles_q + (e.start_q / M + batch + m);
+/// The number of tile m of a head's queries in dq_sum and turns. Packed sequences each begin a tile there. `size` is M
+/// where it is known at run time alone.
+template <int M = 0>
+__device__ __forceinline__ int64_t sum_tile(const AttentionArguments& a, const Extent& e, int batch, int head, int m,
+                                            int size = M) {
+  if (a.cu_q) return static_cast<int64_t>(head) * a.tiles_q + (e.start_q / size + batch + m);
   return (static_cast<int64_t>(batch) * a.heads + head) * a.tiles_q + m;
+}
+/// Where such a tile of M rows of W has an element on the path of sm_90a: each warp group of its backward makes 64 x 64
+/// of it, as many rows as there are or as many columns, and leaves it as its registers hold it, four by four.
+constexpr __device__ __forceinline__ int hopper_dq_place(int w, int row, int column) {
+  const int group = w == 64 ? row / 64 : column / 64, r = row % 64, c = column % 64;
+  const int thread = r / 16 * 32 + r % 8 * 4 + c % 8 / 2;
+  return group * 4096 + (c / 8 * 128 + thread) * 4 + r / 8 % 2 * 2 + c % 2;
 }
 template <class T>
 __device__ __forceinline__ T* rows_of(T* base, const Layout& at, int batch, int head, int64_t row) {

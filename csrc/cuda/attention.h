@@ -83,4 +83,49 @@ struct AttentionTiles {
 /// Rows of q, k, v, dq in shared memory and registers: the smallest of these that holds both head dims.
 constexpr int HEAD_DIMS[] = {32, 64, 96, 128, 192, 256};
 
+/// The gradient of the mask. A block sums m queries by n keys: over batches and heads that share what it writes where
+/// dbias keeps queries (rows) and keys, else along what it does not keep. Its number: (outer * tiles_m + tile of
+/// queries) * tiles_n + tile of keys.
+struct AttentionBias {
+  AttentionArguments call;           // dbias: (outer, S, T), (outer, T) or (outer, S)
+  int tiles_m, tiles_n;              // 1 for what is not kept
+  int kept_heads;                    // outer is batch * kept_heads + head of the first it sums
+  int summed_batches, summed_heads;  // 1 unless both are kept
+  int rows, keys;
+};
+
+// --- attention.cu: rows of 16-bit numbers, several to a warp
+
+constexpr int SMALL_THREADS = 256, SMALL_ROWS = 64;  // of a block
+/// Bytes of shared memory of prepare: a number for each row, and for each warp.
+constexpr int SMALL_ROOM = 4 * (SMALL_ROWS + SMALL_THREADS / 32);
+/// Lanes of a row, 16 bytes each: 4, 8, 16 or 32, for the variants 0 to 3.
+constexpr int row_variant(int width) { return width <= 32 ? 0 : width <= 64 ? 1 : width <= 128 ? 2 : 3; }
+
+struct AttentionPrepare {
+  AttentionArguments call;
+  int64_t sums, turns;  // numbers of dq_sum (a multiple of 4) and turns
+};
+
+struct AttentionFinish {
+  AttentionArguments call;
+  int m, width;  // of a tile of dq_sum
+  int tiles;     // of SMALL_ROWS queries, of the longest sequence
+};
+
+struct AttentionClear {
+  void* x;     // (heads, length, width)
+  float* lse;  // (heads, length) or null
+  const int* cu;
+  Layout at;
+  int sequences, length, width;
+};
+
+struct DocumentRanges {
+  const int64_t *ids, *others;  // (B, length), (B, other_length)
+  int* ranges;                  // (B, tiles, 4)
+  int length, other_length, tiles, size, step;
+};
+constexpr int RANGES_THREADS = 256;
+
 }  // namespace fastlm::cuda
