@@ -24,7 +24,7 @@ PRELUDE = """
 import ctypes, importlib.machinery, importlib.util, sys, threading
 
 probe = ctypes.CDLL("{folder}/libprobe.so")
-probe.launch.restype = probe.properties.restype = ctypes.c_char_p
+probe.launch.restype = probe.properties.restype = probe.map.restype = ctypes.c_char_p
 
 def launch(kernel=0, dtype=1, variant=0, x=7, y=1, threads=128, cluster=1, shared=0, argument=42, device=0, stream=0):
     long = ctypes.c_int64
@@ -36,6 +36,13 @@ def properties(index):
     values = (ctypes.c_int64 * 5)()
     said = probe.properties(index, values)
     return said.decode() if said else list(values)
+
+def tensor_map(dtype=1, base=0x1000, sizes=(64, 1, 100, 8, 2), strides=(0, 512, 64, 51200), box=(64, 1, 128, 1, 1),
+               swizzle=128):
+    first, long = ctypes.c_uint64(), ctypes.c_int64
+    said = probe.map(dtype, long(base), (long * 5)(*sizes), (long * 4)(*strides), (ctypes.c_int * 5)(*box), swizzle,
+                     ctypes.byref(first))
+    return said.decode() if said else first.value
 
 def driver():  # the one that driver.cpp opens
     library = ctypes.CDLL("libcuda.so.1")
@@ -66,7 +73,7 @@ def libraries(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("driver")
     cuda_sources = [ROOT / "csrc" / "cuda" / name for name in ("driver.cpp", "launch.cpp")]
     build(folder, "libprobe.so", ROOT / "tests" / "driver" / "probe.cpp", *cuda_sources, f"-I{ROOT / 'csrc'}")
-    for name, flags in (("fake", ()), ("old", ("-DFAKE_OLD",))):
+    for name, flags in (("fake", ()), ("old", ("-DFAKE_OLD",)), ("before_12", ("-DFAKE_BEFORE_12",))):
         (folder / name).mkdir()
         build(folder / name, "libcuda.so.1", ROOT / "tests" / "driver" / "fake.cpp", *flags)
     return folder
@@ -247,6 +254,76 @@ def test_a_driver_that_is_too_old(libraries: Path) -> None:
 assert launch() == "the CUDA driver is older than 11.8: it has no cuLaunchKernelEx"
 assert launch() == properties(0)
 """, driver="old")  # fmt: skip
+
+
+def test_a_tensor_map(libraries: Path) -> None:
+    """The enums are those of cuda.h: bfloat16 9, float16 6; swizzles 2 and 3; 2 for an L2 promotion of 128 bytes."""
+    run(
+        libraries,
+        """
+cuda = driver()
+cuda.cuCtxPushCurrent_v2(ctypes.c_void_p(257))
+calls()
+assert tensor_map() == 1234
+(line,) = calls("cuTensorMapEncodeTiled", "push")  # a dimension of size 1 gets a stride that the driver takes
+assert line == ("cuTensorMapEncodeTiled 9 0x1000 64/64/1,1/1/1,100/128/1,8/1/1,2/1/1 16,1024,128,102400 0 3 2 0 "
+                "aligned 0 context 257"), line
+assert tensor_map(2, 0x20, (2**32, 4, 3, 2, 2), (2**39 - 8, 8, 16, 24), (32, 256, 1, 2, 3), 64) == 1234
+(line,) = calls("cuTensorMapEncodeTiled", "push")
+assert line == ("cuTensorMapEncodeTiled 6 0x20 4294967296/32/1,4/256/1,3/1/1,2/2/1,2/3/1 "
+                "1099511627760,16,32,48 0 2 2 0 aligned 0 context 257"), line
+cuda.fake_fail(b"cuTensorMapEncodeTiled", 101)
+assert tensor_map() == "making a tensor map: CUDA_ERROR_INVALID_DEVICE (101)"
+""",
+    )
+
+
+def test_a_tensor_map_needs_some_context(libraries: Path) -> None:
+    run(
+        libraries,
+        """
+assert tensor_map() == 1234
+assert [line.split()[0] for line in calls()][-3:] == ["push", "cuTensorMapEncodeTiled", "pop"]
+""",
+    )
+
+
+def test_what_the_copy_engine_does_not_take(libraries: Path) -> None:
+    run(
+        libraries,
+        """
+def changed(values, at, value):
+    return (*values[:at], value, *values[at + 1:])
+sizes, strides, box = (64, 2, 100, 8, 2), (64, 512, 64, 51200), (64, 1, 128, 1, 1)
+wrong = {
+    "the dtype must have 16 bits, got float32": {"dtype": 0},
+    "the address must be a multiple of 16 bytes, got 4104": {"base": 0x1008},
+    "the swizzle must be 64 or 128 bytes, got 32": {"swizzle": 32},
+    "the size of dimension 2 must be in [1, 2^32], got 0": {"sizes": changed(sizes, 2, 0)},
+    "the size of dimension 0 must be in [1, 2^32], got 4294967297": {"sizes": changed(sizes, 0, 2**32 + 1)},
+    "the box of dimension 4 must be in [1, 256], got 0": {"box": changed(box, 4, 0)},
+    "the box of dimension 2 must be in [1, 256], got 257": {"box": changed(box, 2, 257)},
+    "a row of the box must be a multiple of 8 elements within the swizzle, got 72": {"box": changed(box, 0, 72)},
+    "a row of the box must be a multiple of 8 elements within the swizzle, got 60": {"box": changed(box, 0, 60)},
+}
+for at, value in ((0, 0), (1, -512), (2, 68), (3, 2**39)):
+    said = f"the stride of dimension {at + 1} must be a multiple of 8 elements in (0, 2^39), got {value}"
+    wrong[said] = {"strides": changed(strides, at, value)}
+for message, given in wrong.items():
+    said = tensor_map(**{"sizes": sizes, "strides": strides, "box": box, **given})
+    assert said == "a tensor map: " + message, said
+said = tensor_map(sizes=sizes, strides=strides, box=box, swizzle=64)
+assert said == "a tensor map: a row of the box must be a multiple of 8 elements within the swizzle, got 64"
+assert not calls()
+""",
+    )
+
+
+def test_a_driver_before_tensor_maps_does_the_rest(libraries: Path) -> None:
+    run(libraries, """
+assert tensor_map() == "the CUDA driver is older than 12.0: it has no cuTensorMapEncodeTiled"
+assert launch() is None
+""", driver="before_12")  # fmt: skip
 
 
 def test_no_driver(libraries: Path) -> None:

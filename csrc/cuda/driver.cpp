@@ -56,7 +56,16 @@ constexpr int MULTIPROCESSORS = 16, L2_SIZE = 38, MAJOR = 75, MINOR = 76, SHARED
   X(cuThreadExchangeStreamCaptureMode, "cuThreadExchangeStreamCaptureMode", (int*))                       \
   X(cuGetErrorName, "cuGetErrorName", (int, const char**))
 
+/// cuTensorMapEncodeTiled: map, dtype, dimensions, base, sizes, strides in bytes, box, steps within the box,
+/// interleave, swizzle, L2 promotion, what is out of bounds.
+using EncodeTiled = Result (*)(TensorMap*, int, unsigned, void*, const uint64_t*, const uint64_t*, const unsigned*,
+                               const unsigned*, int, int, int, int);
+constexpr int MAP_FLOAT16 = 6, MAP_BFLOAT16 = 9;  // CU_TENSOR_MAP_DATA_TYPE_*
+constexpr int INTERLEAVE_NONE = 0, ZEROS_OUT_OF_BOUNDS = 0;
+constexpr int SWIZZLE_64B = 2, SWIZZLE_128B = 3, L2_PROMOTION_128B = 2;
+
 struct Driver {
+  EncodeTiled cuTensorMapEncodeTiled;  // null before 12.0
 #define X(name, symbol, parameters) Result(*name) parameters = nullptr;
   FASTLM_DRIVER(X)
 #undef X
@@ -68,6 +77,7 @@ struct Driver {
   if (name == nullptr) throw std::runtime_error("the CUDA driver is older than 11.8: it has no " symbol);
     FASTLM_DRIVER(X)
 #undef X
+    cuTensorMapEncodeTiled = reinterpret_cast<EncodeTiled>(dlsym(library, "cuTensorMapEncodeTiled"));
     if (const Result result = cuInit(0)) fail(result, "cuInit");
   }
   [[noreturn]] void fail(Result result, const std::string& what) const {
@@ -174,6 +184,31 @@ void* load(Gpu& gpu, const std::string& op, DType dtype, const std::string& inst
 }  // namespace
 
 const Device& device(int index) { return gpu(index).properties; }
+
+TensorMap tensor_map(DType dtype, const void* base, const std::array<int64_t, 5>& sizes,
+                     const std::array<int64_t, 4>& strides, const std::array<int, 5>& box, int swizzle) {
+  check_tensor_map(dtype, base, sizes, strides, box, swizzle);
+  const EncodeTiled encode = driver().cuTensorMapEncodeTiled;
+  if (encode == nullptr)
+    throw std::runtime_error("the CUDA driver is older than 12.0: it has no cuTensorMapEncodeTiled");
+  uint64_t extents[5], bytes[4];
+  unsigned boxes[5];
+  const unsigned steps[5] = {1, 1, 1, 1, 1};
+  for (int i = 0; i < 5; ++i) {
+    extents[i] = static_cast<uint64_t>(sizes[i]);
+    boxes[i] = static_cast<unsigned>(box[i]);
+    if (i > 0) bytes[i - 1] = sizes[i] == 1 ? 16 : 2 * static_cast<uint64_t>(strides[i - 1]);
+  }
+  void* context = nullptr;  // any will do, but a thread that has used no GPU yet has none
+  check(driver().cuCtxGetCurrent(&context), "cuCtxGetCurrent");
+  const Current current(context != nullptr ? context : gpu(0).context);
+  TensorMap map;
+  check(encode(&map, dtype == DType::float16 ? MAP_FLOAT16 : MAP_BFLOAT16, 5, const_cast<void*>(base), extents, bytes,
+               boxes, steps, INTERLEAVE_NONE, swizzle == 64 ? SWIZZLE_64B : SWIZZLE_128B, L2_PROMOTION_128B,
+               ZEROS_OUT_OF_BOUNDS),
+        "making a tensor map");
+  return map;
+}
 
 void set_loader(Loader given) { loader = std::move(given); }
 

@@ -26,4 +26,26 @@ void check_grid(const Kernel& kernel, int variant, const Grid& grid) {
   if (grid.shared < 0) refuse("shared memory must be at least 0 bytes", grid.shared);
 }
 
+void check_tensor_map(DType dtype, const void* base, const std::array<int64_t, 5>& sizes,
+                      const std::array<int64_t, 4>& strides, const std::array<int, 5>& box, int swizzle) {
+  const auto refuse = [](const std::string& what, int64_t value) {
+    throw std::invalid_argument("a tensor map: " + what + ", got " + std::to_string(value));
+  };
+  if (dtype == DType::float32) throw std::invalid_argument("a tensor map: the dtype must have 16 bits, got float32");
+  const auto address = static_cast<int64_t>(reinterpret_cast<uintptr_t>(base));
+  if (address % 16) refuse("the address must be a multiple of 16 bytes", address);
+  if (swizzle != 64 && swizzle != 128) refuse("the swizzle must be 64 or 128 bytes", swizzle);
+  for (int i = 0; i < 5; ++i) {
+    const std::string of = " of dimension " + std::to_string(i) + " must be ";
+    if (sizes[i] < 1 || sizes[i] > int64_t{1} << 32) refuse("the size" + of + "in [1, 2^32]", sizes[i]);
+    if (box[i] < 1 || box[i] > 256) refuse("the box" + of + "in [1, 256]", box[i]);
+    if (i == 0 || sizes[i] == 1) continue;
+    const int64_t stride = strides[i - 1];
+    if (stride < 1 || stride % 8 || stride >= int64_t{1} << 39)
+      refuse("the stride" + of + "a multiple of 8 elements in (0, 2^39)", stride);
+  }
+  if (box[0] % 8 || 2 * box[0] > swizzle)
+    refuse("a row of the box must be a multiple of 8 elements within the swizzle", box[0]);
+}
+
 }  // namespace fastlm::cuda

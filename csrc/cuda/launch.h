@@ -38,8 +38,9 @@ struct Grid {
 };
 
 /// A tensor of a 16-bit dtype as the copy engine of sm_90 sees it: sizes in elements, innermost dimension first, which
-/// is contiguous; strides in elements of the other four; the box that one copy takes; swizzle: bytes of a row of the
-/// box, 64 or 128 (mma.cuh's swizzled()). Throws std::invalid_argument for what the engine does not take.
+/// is contiguous; strides in elements of the other four, that of a dimension of size 1 is not looked at; the box that
+/// one copy takes; swizzle: bytes of a row of the box, 64 or 128 (mma.cuh's swizzled()). Throws std::invalid_argument
+/// for what the engine does not take, std::runtime_error where the driver knows no such thing.
 TensorMap tensor_map(DType dtype, const void* base, const std::array<int64_t, 5>& sizes,
                      const std::array<int64_t, 4>& strides, const std::array<int, 5>& box, int swizzle);
 
@@ -77,6 +78,10 @@ const char* name_of(DType dtype);
 
 /// The launch whatever runs it: throws std::invalid_argument unless a GPU could take the grid.
 void check_grid(const Kernel& kernel, int variant, const Grid& grid);
+
+/// tensor_map() whoever makes it: throws std::invalid_argument unless the copy engine takes these.
+void check_tensor_map(DType dtype, const void* base, const std::array<int64_t, 5>& sizes,
+                      const std::array<int64_t, 4>& strides, const std::array<int, 5>& box, int swizzle);
 
 /// The binary (cubin or fatbin) of a unit for a dtype and a GPU of this architecture and number.
 using Loader = std::function<std::string(const std::string& op, const std::string& dtype, int arch)>;

@@ -88,6 +88,18 @@ int cuCtxPopCurrent_v2(void** context) {
   stack.pop_back();
   return note("pop");
 }
+#if !defined(FAKE_OLD) && !defined(FAKE_BEFORE_12)
+int cuTensorMapEncodeTiled(void* map, int dtype, unsigned rank, void* base, const uint64_t* sizes,
+                           const uint64_t* strides, const unsigned* box, const unsigned* steps, int interleave,
+                           int swizzle, int promotion, int out_of_bounds) {
+  std::ostringstream shape;
+  for (unsigned i = 0; i < rank; ++i) shape << (i ? "," : "") << sizes[i] << "/" << box[i] << "/" << steps[i];
+  for (unsigned i = 0; i + 1 < rank; ++i) shape << (i ? "," : " ") << strides[i];
+  *static_cast<uint64_t*>(map) = 1234;
+  return note("cuTensorMapEncodeTiled", dtype, base, shape.str(), interleave, swizzle, promotion, out_of_bounds,
+              "aligned", reinterpret_cast<uintptr_t>(map) % 64, "context", contexts());
+}
+#endif
 #ifndef FAKE_OLD
 int cuLaunchKernelEx(const void* config, void* function, void** parameters, void**) {
   struct Config {

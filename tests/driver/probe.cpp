@@ -1,5 +1,7 @@
 // Launches through csrc/cuda/driver.cpp, for Python's ctypes. Two kernels of one file; binaries are named after what is
 // asked for.
+#include <algorithm>
+
 #include "cuda/launch.h"
 
 using namespace fastlm;
@@ -36,6 +38,20 @@ const char* launch(int kernel, int dtype, int variant, int64_t x, int64_t y, int
   return said([&] {
     (kernel ? second : first)
         .launch(static_cast<DType>(dtype), variant, Grid{x, threads, cluster, shared, y}, argument, device, stream);
+  });
+}
+
+/// 1234 in `first` is what the fake driver writes.
+const char* map(int dtype, int64_t base, const int64_t* sizes, const int64_t* strides, const int* box, int swizzle,
+                uint64_t* first) {
+  return said([&] {
+    std::array<int64_t, 5> s;
+    std::array<int64_t, 4> t;
+    std::array<int, 5> b;
+    std::copy(sizes, sizes + 5, s.begin());
+    std::copy(strides, strides + 4, t.begin());
+    std::copy(box, box + 5, b.begin());
+    *first = tensor_map(static_cast<DType>(dtype), reinterpret_cast<void*>(base), s, t, b, swizzle).opaque[0];
   });
 }
 
