@@ -49,6 +49,52 @@ constexpr AttentionTiles hopper_forward_tiles(int w) {
   return {HOPPER_FORWARD_256, 1};
 }
 
+// --- backward --------------------------------------------------------------------------------------------------------
+
+/// k, v: {D, 1, T, Hk, B} by boxes of {64, 1, n, 1, 1}; q, dout: {D, 1, S, H, B} by {64, 1, m, 1, 1}.
+struct HopperBackwardArguments {
+  TensorMap q, k, v, dout;
+  AttentionArguments a;
+};
+
+constexpr int HOPPER_BACKWARD_STAGES = 2;  // tiles of queries in shared memory, and of what is between two products
+
+/// Shared memory of a block that holds n keys and walks over tiles of m queries: bytes from the first multiple of
+/// PANEL_ALIGNMENT on.
+struct HopperBackwardRoom {
+  int keys, queries;          // bytes of a tile of k or v, of q or dout
+  int k, v, q, dout, ds, dq;  // where they are; q, dout and ds STAGES times
+  int rows;                   // shift and delta of the queries, STAGES times
+  int barriers, number;       // of the block's tile
+  int end;
+};
+constexpr HopperBackwardRoom hopper_backward_room(int w, int m, int n) {
+  constexpr int STAGES = HOPPER_BACKWARD_STAGES;
+  HopperBackwardRoom r{2 * n * w, 2 * m * w, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0};
+  r.v = r.k + r.keys;
+  r.q = r.v + r.keys;
+  r.dout = r.q + STAGES * r.queries;
+  r.ds = r.dout + STAGES * r.queries;
+  r.dq = r.ds + STAGES * 2 * m * n;
+  r.rows = r.dq + 4 * m * w;
+  r.barriers = r.rows + STAGES * 8 * m;
+  r.number = r.barriers + 8 * (1 + 4 * STAGES);
+  r.end = r.number + 8;
+  return r;
+}
+/// Two warp groups of 64 keys each compute, one more loads and adds to dq.
+constexpr AttentionTile hopper_backward_tile(int w, int m, int n) {
+  return {m, n, 12, HOPPER_BACKWARD_STAGES, false, hopper_backward_room(w, m, n).end + PANEL_ALIGNMENT};
+}
+constexpr AttentionTile HOPPER_BACKWARD_64[] = {hopper_backward_tile(64, 128, 128)};
+constexpr AttentionTile HOPPER_BACKWARD_128[] = {hopper_backward_tile(128, 64, 128)};
+/// None for 256: twice the sums of dk and dv fill the registers.
+constexpr AttentionTiles hopper_backward_tiles(int w) {
+  if (w == 64) return {HOPPER_BACKWARD_64, 1};
+  if (w == 128) return {HOPPER_BACKWARD_128, 1};
+  return {nullptr, 0};
+}
+
 // --- launchers -------------------------------------------------------------------------------------------------------
 
 /// The padded width of a call, 0 where head dims are wider than the widest.
@@ -65,5 +111,14 @@ const char* why_not_hopper(DType dtype, const AttentionArguments& a);
 
 /// Fills in what the kernels want of `a` (tiles, span) and starts one. Only what why_not_hopper() has nothing against.
 void launch_hopper_forward(DType dtype, const AttentionArguments& a, int device, Stream stream);
+
+/// The tile of attention_hopper_backward, whose m and n say how large dq_sum and turns are and how many tiles there
+/// are; of a call with head dims up to 128.
+constexpr AttentionTile hopper_backward_tile(const AttentionArguments& a) {
+  return hopper_backward_tiles(hopper_width(a)).rows[0];
+}
+
+/// Starts it: dk and dv, and what finish makes dq of. `a` is as prepare has it, tiles and span filled in.
+void launch_hopper_backward(DType dtype, const AttentionArguments& a, int device, Stream stream);
 
 }  // namespace fastlm::cuda
