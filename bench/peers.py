@@ -6,6 +6,7 @@ Each provider is a function that imports its package when it is asked for, so th
 from __future__ import annotations
 
 import functools
+import importlib
 import importlib.util
 from collections.abc import Callable
 from typing import Any
@@ -14,12 +15,18 @@ import torch
 import torch.nn.functional as F
 
 Function = Callable[..., Any]
+PACKAGES = {
+    "liger": "liger_kernel",
+    "quack": "quack",
+    "flash_attn": "flash_attn",
+    "flash_attn 3": "flash_attn_interface",
+}
 
 
 def peers(op: str) -> dict[str, Function]:
     """By provider, what is installed for an op (its name in the suite's cases)."""
     found = {}
-    for provider, package in (("liger", "liger_kernel"), ("quack", "quack"), ("flash_attn", "flash_attn")):
+    for provider, package in PACKAGES.items():
         make = PROVIDERS.get((provider, op))
         if make is not None and importlib.util.find_spec(package):
             found[provider] = _at_first_call(make)
@@ -71,11 +78,17 @@ def _quack(name: str) -> Callable[[], Function]:
     return make
 
 
-def _flash_attn(causal: bool) -> Callable[[], Function]:
-    def make() -> Function:
-        from flash_attn import flash_attn_func
+def _flash_attn(package: str, causal: bool) -> Callable[[], Function]:
+    """Of FlashAttention-2, or of FlashAttention-3, some releases of which return the logarithms of the sums as well."""
 
-        return lambda q, k, v: flash_attn_func(*(t.transpose(1, 2) for t in (q, k, v)), causal=causal).transpose(1, 2)
+    def make() -> Function:
+        function = importlib.import_module(package).flash_attn_func
+
+        def run(*inputs: Any) -> Any:
+            out = function(*(t.transpose(1, 2) for t in inputs), causal=causal)
+            return (out[0] if isinstance(out, tuple) else out).transpose(1, 2)
+
+        return run
 
     return make
 
@@ -93,6 +106,8 @@ PROVIDERS: dict[tuple[str, str], Callable[[], Function]] = {
     ("quack", "rms_norm"): _quack("rmsnorm"),
     ("quack", "cross_entropy"): _quack("cross_entropy"),
     ("quack", "softmax"): _quack("softmax"),
-    ("flash_attn", "attention"): _flash_attn(False),
-    ("flash_attn", "attention causal"): _flash_attn(True),
+    ("flash_attn", "attention"): _flash_attn("flash_attn", False),
+    ("flash_attn", "attention causal"): _flash_attn("flash_attn", True),
+    ("flash_attn 3", "attention"): _flash_attn("flash_attn_interface", False),
+    ("flash_attn 3", "attention causal"): _flash_attn("flash_attn_interface", True),
 }

@@ -36,6 +36,9 @@ def render() -> str:
         lines += [HF, "", *hf(json.loads(path.read_text())), ""]
     for path in sorted((ROOT / "bench" / "results").glob("*/results.json")):  # of python -m bench.gpu
         lines += [*markdown(json.loads(path.read_text())), ""]
+        drawing = path.with_name("attention.svg")
+        if drawing.exists():
+            lines += [f"![Attention's speed]({drawing.relative_to(ROOT)})", ""]
     return "\n".join(lines)
 
 

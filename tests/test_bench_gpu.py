@@ -235,6 +235,35 @@ def test_items_have_names_of_their_own_and_the_important_come_first() -> None:
     assert min(wide) > len(first)
 
 
+def test_the_sweep_of_attention(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("bench.gpu.items.ours", lambda: ["triton"])
+    cases = [item.case for item in attention_items()]
+    assert {case.shape.split()[2] for case in cases} == {f"S{512 << n}" for n in range(6)}
+    assert {case.shape.split()[3] for case in cases} == {"D64", "D128", "D256"}
+    assert all({"fastlm", "triton", "sdpa flash", "sdpa cudnn"} <= set(case.functions) for case in cases)
+    by = {case.name: case.flops for case in cases}
+    full = 4 * 16 * 16384**2 * 128
+    assert by["attention forward B1 H16 S16384 D128 bfloat16"] == full
+    assert by["attention backward causal B1 H16 S16384 D128 bfloat16"] == 2.5 * full / 2
+    assert by["attention both causal B1 H16 S16384 D128 bfloat16"] == 3.5 * full / 2
+    assert len(by) == 6 * 3 * 2 * 3 and all("both" in name for name in list(by)[72:])
+
+
+def test_flash_attention_of_either_release(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: name.startswith("flash_attn") or None)
+    found, q = peers.peers("attention causal"), torch.randn(1, 2, 3, 4)
+    assert list(found) == ["flash_attn", "flash_attn 3"]
+
+    def add(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, causal: bool) -> torch.Tensor:
+        assert causal and q.shape == (1, 3, 2, 4)
+        return q + k + v
+
+    for name, function in (("flash_attn", add), ("flash_attn_interface", lambda *t, causal: (add(*t, causal), None))):
+        monkeypatch.setitem(sys.modules, name, SimpleNamespace(flash_attn_func=function))  # type: ignore[arg-type]
+    for provider in found.values():
+        assert torch.equal(provider(q, q, q), q + q + q)
+
+
 def test_peers_are_those_installed(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     assert peers.peers("layer_norm") == {}
@@ -356,6 +385,17 @@ def test_sanitize_says_when_the_tool_is_absent(record: Record, monkeypatch: pyte
     assert "not installed" in "\n".join(tables.summary(Record(record.path.parent).data))
 
 
+def test_hazards_of_the_copy_engine_are_explained(record: Record) -> None:
+    hazard = "========= Error: Race reported between Write access at 0x{:x} in {}+0x40 and Read access at 0x80\n"
+    text = "".join(hazard.format(n, k) for n, k in enumerate(["attention_hopper_forward_0"] * 2 + ["adam_1"]))
+    found = checks.read_log(text + "========= RACECHECK SUMMARY: 3 hazards displayed (3 errors, 0 warnings)\n")
+    assert found["errors"] == 3
+    (said,) = found["explained"]
+    assert said.startswith("2 of its hazards are in attention_hopper_forward_0: ")
+    record.set("sanitize", {"cuda racecheck": found})
+    assert f"  cuda racecheck: {said}" in list(tables.summary(record.data))
+
+
 def test_sanitize_reads_what_the_tool_says(
     record: Record, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -464,9 +504,29 @@ def test_the_faster_backend_is_named_for_each_size() -> None:
     assert "| gelu | 4x4 | bfloat16 | cuda 3.000, triton 1.000 | triton | 3.00× |" in list(tables.markdown(data))
 
 
+def test_the_table_of_attention() -> None:
+    data = document()
+    (row,) = (r for r in data["rows"] if r["stage"] == "attention")
+    row["seconds"] |= {"sdpa cudnn": 8e-4, "sdpa flash": 2e-3}
+    data["rows"].append(row | {"op": "attention both causal", "seconds": {"fastlm": 1e-3, "sdpa cudnn": 2e-3}})
+    heads, *lines = tables.sweep(data)
+    assert lines == [
+        ["forward", "128", "16384", "500", "250", "625", "250", "62%", "0.80×", "2.00×"],
+        ["both causal", "128", "16384", "500", "", "250", "", "62%", "2.00×", ""],
+    ]
+    assert heads == ["attention", "D", "S", "fastlm", "eager", "sdpa cudnn", "sdpa flash", "of product", *tables.RIVALS]
+    text = list(tables.markdown(data))
+    assert "| forward | 128 | 16384 | 500 | 250 | 625 | 250 | 62% | 0.80× | 2.00× |" in text
+    assert not any(line.startswith("| attention forward |") for line in text)
+    assert list(tables.behind(data)) == [
+        "attention: ahead of sdpa cudnn at 1 of 2 sizes; not at attention forward B1 H16 S16384 D128",
+        "attention: ahead of sdpa flash at 1 of 1 sizes",
+    ]
+
+
 def test_plots(tmp_path: Path) -> None:
     pytest.importorskip("matplotlib")
-    assert [path.name for path in tables.plot(document(), tmp_path)] == ["ops.png", "attention.png"]
+    assert [path.name for path in tables.plot(document(), tmp_path)] == ["ops.svg", "attention.svg"]
     assert tables.plot(document() | {"rows": []}, tmp_path) == []
 
 

@@ -10,7 +10,8 @@
     ceilings   copy bandwidth on random data, matrix products: what the shares below are of
     ops        every op on Triton and on CUDA C++, beside torch, torch.compile and whatever of Liger-Kernel and quack
                is installed
-    attention  beside SDPA's flash, cuDNN and efficient backends and flash-attn, 2 Ki to 16 Ki tokens
+    attention  16 Ki tokens of 2048 channels in sequences of 512 to 16 Ki, D = 64, 128, 256, on Triton and on CUDA C++,
+               beside SDPA's flash and cuDNN backends and whatever flash-attn is installed
     train      a GPT's training step beside the same model in plain PyTorch, compiled or not
 
 DIR/results.json is whole after each measurement, so an interrupt loses the one under way. A second run into the same

@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from bench.__main__ import SUITES
-from bench.harness import Case, backward_only, forward_only
+from bench.harness import Case, backward_only, forward_backward, forward_only
 from bench.peers import peers
 from fastlm import cuda, ops, use_backend
 from fastlm._dispatch import Op
@@ -88,6 +88,10 @@ def forced(backend: str, function: Callable[..., Any]) -> Callable[..., Any]:
     return run
 
 
+def each_of_ours(op: str, function: Callable[..., Any]) -> dict[str, Callable[..., Any]]:
+    return {name: forced(name, function) for name in ours() if name in Op.registry[op].rows}
+
+
 def suite_cases(suite: str, sizes: Sizes | None) -> Iterator[Case]:
     cases = importlib.import_module(f"bench.bench_{suite}").cases
     return cases(sizes) if sizes is not None else cases()
@@ -103,8 +107,7 @@ def op_items(small: bool = False) -> list[Item]:
         order: dict[tuple[str, torch.dtype], int] = {}
         for case in suite_cases(suite, table.get(suite)):
             size = order[case.op, case.dtype] = order.get((case.op, case.dtype), -1) + 1
-            mine = {name: forced(name, case.functions["fastlm"]) for name in ours() if name in Op.registry[suite].rows}
-            case.functions.update(peers(case.op) | mine)
+            case.functions.update(peers(case.op) | each_of_ours(suite, case.functions["fastlm"]))
             wide = case.dtype is torch.float32
             compiled = size == 0 and not wide and not small
             ranked.append(((2 * size + 3 * wide, 0), Item(case, compiled)))
@@ -118,8 +121,13 @@ def op_items(small: bool = False) -> list[Item]:
 BACKENDS = {
     "sdpa flash": SDPBackend.FLASH_ATTENTION,
     "sdpa cudnn": SDPBackend.CUDNN_ATTENTION,
-    "sdpa efficient": SDPBackend.EFFICIENT_ATTENTION,
 }
+DIRECTIONS: dict[Any, tuple[str, float, float]] = {
+    forward_only: ("forward", 4, 4),
+    backward_only: ("backward", 10, 8),
+    forward_backward: ("both", 14, 11),
+}
+"""With operations for each query, key and channel, as the papers count, and tensors that cross the bus."""
 
 
 def sdpa(backend: SDPBackend, causal: bool, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -131,28 +139,30 @@ def attention_case(
     b: int, h: int, s: int, d: int, causal: bool, runner: Callable[..., Any], dtype: torch.dtype
 ) -> Case:
     size, pairs = b * h * s * d * dtype.itemsize, b * h * s * s / (2 if causal else 1)
-    back = runner is backward_only
-    functions: dict[str, Callable[..., Any]] = {"fastlm": partial(ops.attention, causal=causal)}
+    direction, operations, tensors = DIRECTIONS[runner]
+    fused = partial(ops.attention, causal=causal)
+    functions: dict[str, Callable[..., Any]] = {"fastlm": fused} | each_of_ours("attention", fused)
     functions |= {name: partial(sdpa, backend, causal) for name, backend in BACKENDS.items()}
     return Case(
-        f"attention {'backward' if back else 'forward'}{' causal' if causal else ''}",
+        f"attention {direction}{' causal' if causal else ''}",
         f"B{b} H{h} S{s} D{d}",
         dtype,
         lambda: [torch.randn(b, s, h, d).to(dtype).transpose(1, 2).requires_grad_() for _ in range(3)],
         functions | peers(f"attention{' causal' if causal else ''}"),
-        bytes=(8 if back else 4) * size,
-        flops=(10 if back else 4) * pairs * d,
+        bytes=tensors * size,
+        flops=operations * pairs * d,
         runner=runner,
     )
 
 
 def attention_items(small: bool = False) -> list[Item]:
-    """16 Ki tokens of 2048 channels, as the papers measure; long sequences and D=128 first."""
-    lengths = (65,) if small else (16384, 4096, 8192, 2048)
-    tokens, channels = (130, 128) if small else (16384, 2048)
+    """16 Ki tokens of 2048 channels, as the papers measure: each direction alone first, and long sequences, D=128."""
+    lengths = (65,) if small else (16384, 4096, 8192, 2048, 1024, 512)
+    tokens, channels = (130, 256) if small else (16384, 2048)
     found = []
-    for s, d, causal, runner in product(lengths, (128, 64), (False, True), (forward_only, backward_only)):
-        found.append(Item(attention_case(tokens // s, channels // d, s, d, causal, runner, torch.bfloat16), False))
+    for directions in ((forward_only, backward_only), (forward_backward,)):
+        for s, d, causal, runner in product(lengths, (128, 64, 256), (False, True), directions):
+            found.append(Item(attention_case(tokens // s, channels // d, s, d, causal, runner, torch.bfloat16), False))
     return found
 
 

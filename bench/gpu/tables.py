@@ -59,6 +59,53 @@ def wins(data: dict[str, Any]) -> Iterator[str]:
         yield f"{op}: " + ", ".join(f"{name} fastest at {count} of {by.total()}" for name, count in by.most_common())
 
 
+RIVALS = {"× cuDNN": "sdpa cudnn", "× flash": "sdpa flash"}
+"""Over whom attention's speed is told, by the heading."""
+
+
+def attention_rows(data: dict[str, Any]) -> list[dict[str, Any]]:
+    """Those that were measured; by direction, mask, head dim and length of the sequence."""
+
+    def key(row: dict[str, Any]) -> tuple[Any, ...]:
+        return "causal" in row["op"], ["forward", "backward", "both"].index(row["op"].split()[1]), *sizes(row)
+
+    return sorted((r for r in data["rows"] if r["stage"] == "attention" and r["seconds"].get("fastlm")), key=key)
+
+
+def sizes(row: dict[str, Any]) -> tuple[int, int]:
+    """Head dim and length of the sequence."""
+    return int(row["shape"].split()[3][1:]), int(row["shape"].split()[2][1:])
+
+
+def sweep(data: dict[str, Any]) -> Iterator[list[str]]:
+    """Attention's table, its heads first: TFLOP/s of everyone, ours as a share of the measured product, ratios."""
+    rows = attention_rows(data)
+    providers = sorted({p for r in rows for p in r["seconds"]}, key=lambda p: (p not in OWN, p))
+    yield ["attention", "D", "S", *providers, "of product", *RIVALS]
+    product = data["ceilings"].get("product", {})
+    for row in rows:
+        speeds = {p: row["flops"] / seconds / 1e12 for p, seconds in row["seconds"].items()}
+        ratios = [speeds["fastlm"] / speeds[p] if p in speeds else None for p in RIVALS.values()]
+        share = speeds["fastlm"] * 1e12 / product[row["dtype"]] if row["dtype"] in product else None
+        yield [
+            row["op"].removeprefix("attention "),
+            *map(str, sizes(row)),
+            *(f"{speeds[p]:.0f}" if p in speeds else "" for p in providers),
+            "" if share is None else f"{share:.0%}",
+            *("" if ratio is None else f"{ratio:.2f}×" for ratio in ratios),
+        ]
+
+
+def behind(data: dict[str, Any]) -> Iterator[str]:
+    """Of the sweep, how often each rival is behind us, and where it is not."""
+    for rival in RIVALS.values():
+        rows = [r for r in attention_rows(data) if rival in r["seconds"]]
+        lost = [f"{r['op']} {r['shape']}" for r in rows if r["seconds"]["fastlm"] > r["seconds"][rival]]
+        if rows:
+            rest = f"; not at {', '.join(lost)}" if lost else ""
+            yield f"attention: ahead of {rival} at {len(rows) - len(lost)} of {len(rows)} sizes{rest}"
+
+
 HEADS = ["ms", "rate", "of ceiling", "ratio", "best peer", "host us"]
 
 
@@ -77,6 +124,8 @@ def summary(data: dict[str, Any]) -> Iterator[str]:
     if "sanitize" in data:
         found = data["sanitize"]
         yield "sanitize: " + (found.get("missing") or ", ".join(f"{k}: {v['errors']} errors" for k, v in found.items()))
+        for name, tool in found.items() if "missing" not in found else ():
+            yield from (f"  {name}: {text}" for text in tool.get("explained", []))
     if data["rows"]:
         yield f"{'':44} {'ms':>9} {'rate':>13} {'of ceiling':>10} {'ratio':>7} {'best peer':>14} {'host us':>8}"
     for row in data["rows"]:
@@ -88,6 +137,7 @@ def summary(data: dict[str, Any]) -> Iterator[str]:
     for op, shape, dtype, times, first, by in versus(data):
         yield f"backends: {f'{op} {shape} {dtype}'[:44]:44} ms: {times}; {first} by {by}"
     yield from (f"backends: {text}" for text in wins(data))
+    yield from behind(data)
     for best in data.get("tune", []):
         yield f"tune: {best['name']}: {best['best']} {best['gain']:.2f}x the default's speed"
     for note in data["failed"]:
@@ -112,6 +162,8 @@ def markdown(data: dict[str, Any]) -> Iterator[str]:
     yield "| op | shape | dtype | ms | rate | of ceiling | × best peer | peer |"
     yield "|---|---|---|--:|--:|--:|--:|---|"
     for row in data["rows"]:
+        if row["stage"] == "attention":
+            continue
         ms, speed, share, ratio, peer, _ = cells(row)
         ratio = ratio.replace("x", "×")
         yield f"| {row['op']} | {row['shape']} | {row['dtype']} | {ms} | {speed} | {share} | {ratio} | {peer} |"
@@ -122,10 +174,18 @@ def markdown(data: dict[str, Any]) -> Iterator[str]:
         yield "|---|---|---|---|---|--:|"
         for op, shape, dtype, times, first, by in measured:
             yield f"| {op} | {shape} | {dtype} | {times} | {first} | {by.replace('x', '×')} |"
+    heads, *lines = sweep(data)
+    if lines:
+        yield ""
+        yield "Attention in TFLOP/s, bfloat16, 16 Ki tokens of 2048 channels; causal counts half the operations:"
+        yield ""
+        yield f"| {' | '.join(heads)} |"
+        yield "|---" + "|--:" * (len(heads) - 1) + "|"
+        yield from (f"| {' | '.join(cells)} |" for cells in lines)
 
 
 def plot(data: dict[str, Any], folder: Path) -> list[Path]:
-    """ops.png and attention.png; nothing without matplotlib or without rows."""
+    """ops.svg and attention.svg; nothing without matplotlib or without rows."""
     try:
         import matplotlib
     except ImportError:
@@ -144,31 +204,38 @@ def plot(data: dict[str, Any], folder: Path) -> list[Path]:
         axes[1].axvline(1, color="black", linewidth=0.8)
         axes[1].set_xlabel("speed over the best peer")
         axes[0].invert_yaxis()
-        written.append(_save(figure, folder / "ops.png"))
-    rows = [r for r in data["rows"] if r["stage"] == "attention" and r["seconds"].get("fastlm")]
+        written.append(_save(figure, folder / "ops.svg"))
     groups: dict[str, list[dict[str, Any]]] = {}
-    for r in rows:
+    for r in attention_rows(data):
         groups.setdefault(f"{r['op']} {r['shape'].split()[-1]}", []).append(r)
     if groups:
-        figure, grid = pyplot.subplots(-(-len(groups) // 2), 2, figsize=(11, 3 * -(-len(groups) // 2)), squeeze=False)
-        for axis, (name, members) in zip(grid.flat, sorted(groups.items()), strict=False):
+        figure, grid = pyplot.subplots(-(-len(groups) // 3), 3, figsize=(14, 3 * -(-len(groups) // 3)), squeeze=False)
+        for axis in grid.flat[len(groups) :]:
+            axis.set_axis_off()
+        for axis, (name, members) in zip(grid.flat, groups.items(), strict=False):
             for provider in sorted({p for r in members for p in r["seconds"]}):
-                points = sorted(
-                    (int(r["shape"].split()[2][1:]), r["flops"] / r["seconds"][provider] / 1e12)
+                points = [
+                    (sizes(r)[1], r["flops"] / r["seconds"][provider] / 1e12)
                     for r in members
                     if provider in r["seconds"]
-                )
-                axis.plot(*zip(*points, strict=True), marker="o", label=provider)
-            axis.set(title=name, xlabel="sequence", ylabel="TFLOP/s", xscale="log")
-            axis.legend(fontsize=7)
-        written.append(_save(figure, folder / "attention.png"))
+                ]
+                axis.plot(*zip(*points, strict=True), marker="o", markersize=3, label=provider)
+            product = data["ceilings"].get("product", {}).get(members[0]["dtype"])
+            if product:
+                axis.axhline(product / 1e12, color="black", linewidth=0.8, linestyle="--", label="matrix product")
+            axis.set(title=name, xlabel="sequence", ylabel="TFLOP/s", ylim=(0, None))
+            axis.set_xscale("log", base=2)
+            axis.legend(fontsize=6)
+        written.append(_save(figure, folder / "attention.svg"))
     return written
 
 
 def _save(figure: Any, path: Path) -> Path:
+    import matplotlib
     from matplotlib import pyplot
 
     figure.tight_layout()
-    figure.savefig(path, dpi=110)
+    with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": "fastlm"}):
+        figure.savefig(path, format="svg", metadata={"Date": None})
     pyplot.close(figure)
     return path

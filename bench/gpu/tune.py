@@ -106,17 +106,18 @@ def sweep(case: Case, direction: str, clock: Clock, until: float, small: bool) -
     """Seconds by configuration. "table" is the choice without an override."""
     with torch.device(clock.device):
         inputs = case.inputs()
-    function = case.functions["fastlm"]
+    function = case.functions.get("triton", case.functions["fastlm"])
     tried = candidates(small)
     fit = tried
     if clock.device == "cuda":
         fit = sift(forward_backward(function, inputs), direction, tried, target(inputs[0]))
     seconds = 0.01 if small else 0.1
-    times = time_one({"table": None}, direction, case, inputs, clock, seconds)
+    times = time_one({"table": None}, direction, case.runner(function, inputs), clock, seconds)
     for config in fit:
         if time.time() > until:
             break
-        times |= time_one({str(tuple(config)): config}, direction, case, inputs, clock, seconds)
+        run = case.runner(function, inputs)
+        times |= time_one({str(tuple(config)): config}, direction, run, clock, seconds)
     best = min(times, key=times.__getitem__)
     return {
         "best": best,
@@ -128,11 +129,10 @@ def sweep(case: Case, direction: str, clock: Clock, until: float, small: bool) -
 
 
 def time_one(
-    named: dict[str, Config | None], direction: str, case: Case, inputs: Any, clock: Clock, seconds: float
+    named: dict[str, Config | None], direction: str, run: Run, clock: Clock, seconds: float
 ) -> dict[str, float]:
     """One configuration; none where the chip refuses it."""
     ((name, config),) = named.items()
-    run = case.runner(case.functions["fastlm"], inputs)
     try:
         if config is None:
             return take_turns(clock, {name: clock.prepare(run)}, seconds=seconds, most=20)
