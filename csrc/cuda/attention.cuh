@@ -74,15 +74,13 @@ __device__ __forceinline__ T* rows_of(T* base, const Layout& at, int batch, int 
 }
 
 /// low ... middle: tiles at the edge; middle ... end: all is seen; max(middle, end) ... high: at the edge. All but high
-/// are multiples of STEP. What rows first ... first + ROWS - 1 of `rows` see of `other`, where row r sees
-/// r - before ... r + after.
+/// are multiples of STEP. What rows first ... last see of `other`, where row r sees r - before ... r + after.
 struct Range {
   int low, middle, end, high;
 };
-template <int ROWS, int STEP>
-__device__ __forceinline__ Range seen_range(int first, int rows, int other, bool has_before, int before, bool has_after,
+template <int STEP>
+__device__ __forceinline__ Range seen_range(int first, int last, int other, bool has_before, int before, bool has_after,
                                             int after) {
-  const int last = min_of(first + ROWS, rows) - 1;
   Range r{0, 0, other / STEP * STEP, other};
   if (has_after) {
     r.high = min_of(r.high, max_of(last + after + 1, 0));
@@ -93,6 +91,12 @@ __device__ __forceinline__ Range seen_range(int first, int rows, int other, bool
     r.middle = (max_of(last - before, 0) + STEP - 1) / STEP * STEP;
   }
   return r;
+}
+/// Of rows first ... first + ROWS - 1, of which there are `rows`.
+template <int ROWS, int STEP>
+__device__ __forceinline__ Range seen_range(int first, int rows, int other, bool has_before, int before, bool has_after,
+                                            int after) {
+  return seen_range<STEP>(first, min_of(first + ROWS, rows) - 1, other, has_before, before, has_after, after);
 }
 /// The tile of keys that the backward's block of this number holds. Where later queries alone see a key, a tile begins
 /// at its diagonal, so the last is the first there: it starts first, and no tile waits for its turn.

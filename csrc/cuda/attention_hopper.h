@@ -26,6 +26,8 @@ struct HopperForwardArguments {
   TensorMap q, k, v, out;
   AttentionArguments a;
   int group;  // query heads that a tile holds: 1, or all that share a key head
+  int heads;  // of q's map: heads / group
+  int total;  // tiles of all heads and batches
 };
 
 constexpr int HOPPER_STAGES = 2;  // tiles of keys, and of values, in shared memory

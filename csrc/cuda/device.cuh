@@ -18,6 +18,7 @@
       FASTLM_OP, FASTLM_DTYPE, #name "_" #variant,                    \
       {[](const void* a) { __VA_ARGS__(*static_cast<const Arguments*>(a)); }, threads, sizeof(Arguments)});
 #define FASTLM_UNROLL
+#define FASTLM_ROLL
 #else
 #define FASTLM_KERNEL(name, variant, threads, blocks, Arguments, ...) \
   extern "C" __global__ void __launch_bounds__(threads, blocks)       \
@@ -25,6 +26,7 @@
     __VA_ARGS__(arguments);                                           \
   }
 #define FASTLM_UNROLL _Pragma("unroll")
+#define FASTLM_ROLL _Pragma("unroll 1")
 #endif
 
 namespace fastlm::cuda {

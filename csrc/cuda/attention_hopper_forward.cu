@@ -1,0 +1,438 @@
+#include "cuda/attention_hopper.h"
+#include "cuda/attention_repair.cuh"
+#include "cuda/hopper.cuh"
+
+namespace fastlm::cuda {
+
+constexpr int W = FASTLM_HEAD_DIM, PANELS = W / PANEL, PANEL_BYTES = 2 * PANEL;
+
+/// The block's shared memory.
+template <int M, int N>
+struct HopperForwardRoom {
+  static constexpr int GROUPS = M / 64, Q = 2 * M * W, KEYS = 2 * N * W;
+  static constexpr bool OUT_APART = hopper_forward_out_apart(W, M, N);
+  uint32_t q, k, v, out, barriers;
+
+  __device__ __forceinline__ HopperForwardRoom()
+      : q((shared_address(shared<char>()) + PANEL_ALIGNMENT - 1) / PANEL_ALIGNMENT * PANEL_ALIGNMENT),
+        k(q + Q),
+        v(k + HOPPER_STAGES * KEYS),
+        out(OUT_APART ? v + HOPPER_STAGES * KEYS : q),
+        barriers(v + HOPPER_STAGES * KEYS + (OUT_APART ? Q : 0)) {}
+
+  // Each of a ring of two: full() when the copy engine has brought it, empty() when every consumer warp is done with it.
+  __device__ __forceinline__ uint32_t q_full() const { return barriers; }
+  __device__ __forceinline__ uint32_t q_empty() const { return barriers + 8; }
+  __device__ __forceinline__ uint32_t k_full(int i) const { return barriers + 16 + 8 * (i % HOPPER_STAGES); }
+  __device__ __forceinline__ uint32_t k_empty(int i) const { return barriers + 32 + 8 * (i % HOPPER_STAGES); }
+  __device__ __forceinline__ uint32_t v_full(int i) const { return barriers + 48 + 8 * (i % HOPPER_STAGES); }
+  __device__ __forceinline__ uint32_t v_empty(int i) const { return barriers + 64 + 8 * (i % HOPPER_STAGES); }
+  __device__ __forceinline__ uint32_t keys(int i) const { return k + i % HOPPER_STAGES * KEYS; }
+  __device__ __forceinline__ uint32_t values(int i) const { return v + i % HOPPER_STAGES * KEYS; }
+  /// Of use i of a ring.
+  static __device__ __forceinline__ int parity(int i) { return i / HOPPER_STAGES % 2; }
+
+  __device__ __forceinline__ void init() const {
+    for (int i = 0; i < 10; ++i) barrier_init(barriers + 8 * i, i == 1 || i / 2 == 2 || i / 2 == 4 ? 4 * GROUPS : 1);
+    barrier_init_done();
+  }
+};
+
+/// A tile of queries of a head, or of all heads that share a key head.
+template <int M>
+struct HopperForwardWork {
+  Extent e;
+  int head, first;  // head: of q's map; first query
+
+  __device__ __forceinline__ HopperForwardWork(const HopperForwardArguments& h, int number) {
+    const Place p = place(h.a, number, h.heads);
+    e = extent(h.a, p.batch);
+    head = p.head;
+    first = (h.a.after ? h.a.tiles - 1 - p.tile : p.tile) * (M / h.group);
+  }
+};
+/// The tiles of keys that it walks over: low ... high - 1, downwards. Those of inner_low ... inner_high - 1 are seen by
+/// all of its queries.
+struct HopperForwardKeys {
+  int low, inner_low, inner_high, high;
+};
+template <int M, int N>
+__device__ __forceinline__ HopperForwardKeys keys_of(const HopperForwardArguments& h, const HopperForwardWork<M>& work) {
+  const AttentionArguments& a = h.a;
+  const Extent& e = work.e;
+  const int last = min_of(work.first + M / h.group, e.len_q) - 1;
+  const Range seen = seen_range<N>(work.first, last, e.len_k, a.before, e.before, a.after, e.after);
+  const int low = seen.low / N, high = max_of((seen.high + N - 1) / N, low);
+  const int inner_high = min_of(max_of(seen.end / N, low), high);
+  return {low, min_of(max_of(seen.middle / N, low), inner_high), inner_high, high};
+}
+
+/// Every role goes through the same tiles. Long ones come first (place()), and every other round goes through the
+/// blocks backwards, so that who had a longer one has a shorter one next: a block's places in two rounds add up to ends.
+template <int M, class Body>
+__device__ __forceinline__ void for_each_tile(const HopperForwardArguments& h, const Body& body) {
+  const int blocks = static_cast<int>(gridDim.x);
+  for (int number = blockIdx.x; number < h.total; number = 2 * (number / blocks + 1) * blocks - 1 - number) {
+    const HopperForwardWork<M> work(h, number);
+    if (work.first < work.e.len_q) body(work, number);
+  }
+}
+
+// --- the warp group that loads ---------------------------------------------------------------------------------------
+
+/// One thread.
+template <int M, int N>
+__device__ __forceinline__ void produce(const HopperForwardArguments& h, const HopperForwardRoom<M, N>& room) {
+  using Room = HopperForwardRoom<M, N>;
+  const int share = h.heads / h.a.kv_heads;  // of q's heads that share a key head
+  int tiles = 0, loaded = 0;                             // so far
+  for_each_tile<M>(h, [&](const HopperForwardWork<M>& work, int&) {
+    const Extent& e = work.e;
+    const HopperForwardKeys keys = keys_of<M, N>(h, work);
+    const int kv_head = work.head / share;
+    const auto load_q = [&] {
+      barrier_wait(room.q_empty(), tiles % 2 ^ 1);
+      barrier_expect(room.q_full(), Room::Q);
+      for (int p = 0; p < PANELS; ++p) {
+        tile_load(room.q + p * M * PANEL_BYTES, &h.q, room.q_full(), p * PANEL, 0, e.start_q + work.first, work.head,
+                  e.batch);
+      }
+      ++tiles;
+    };
+    const auto load = [&](const TensorMap* map, uint32_t to, uint32_t empty, uint32_t full, int n) {
+      barrier_wait(empty, Room::parity(loaded) ^ 1);
+      barrier_expect(full, Room::KEYS);
+      for (int p = 0; p < PANELS; ++p)
+        tile_load(to + p * N * PANEL_BYTES, map, full, p * PANEL, 0, e.start_k + n * N, kv_head, e.batch);
+    };
+    if (keys.low == keys.high) load_q();
+    for (int n = keys.high - 1; n >= keys.low; --n) {
+      load(&h.k, room.keys(loaded), room.k_empty(loaded), room.k_full(loaded), n);
+      if (n == keys.high - 1) load_q();
+      load(&h.v, room.values(loaded), room.v_empty(loaded), room.v_full(loaded), n);
+      ++loaded;
+    }
+  });
+}
+
+/// The descriptor of what lies `bytes` on: addresses end far below the lower word's end.
+__device__ __forceinline__ uint64_t moved(uint64_t descriptor, int bytes) {
+  return descriptor >> 32 << 32 | static_cast<uint32_t>(static_cast<uint32_t>(descriptor) + (bytes >> 4));
+}
+/// The compiler no longer knows x, nor what it has made of it.
+__device__ __forceinline__ void forget([[maybe_unused]] int& x) {
+#ifndef FASTLM_EMULATED
+  asm volatile("" : "+r"(x));
+#endif
+}
+
+// --- those that compute ----------------------------------------------------------------------------------------------
+
+/// 64 queries of a warp group: of each thread two rows, 8 apart.
+template <class T, int M, int N>
+struct HopperForwardConsumer {
+  using Room = HopperForwardRoom<M, N>;
+  using Work = HopperForwardWork<M>;
+  using Keys = HopperForwardKeys;
+  static constexpr int GROUPS = Room::GROUPS;
+  static constexpr bool TURNS = W <= 128;    // groups issue products in turn: one's run while another has its softmax
+  static constexpr bool SHRINK_LATE = W > 128;  // under the products of the next tile
+  static constexpr int TURN = 1;             // number of the first of the barriers
+
+  const HopperForwardArguments& h;
+  const AttentionArguments& a;
+  const Room& room;
+  const int group, row;  // row: the warp's first, of 16
+  const bool leader;
+  int tiles = 0, used = 0;  // so far; of the rings
+  bool spoiled = false;     // this thread has stored a NaN
+  float o[W / 2], s[N / 2], top[2], sum[2], shrink[2];
+  uint32_t p[N / 16][4];
+
+  __device__ __forceinline__ HopperForwardConsumer(const HopperForwardArguments& h, const Room& room, int group)
+      : h(h), a(h.a), room(room), group(group), row(64 * group + static_cast<int>(threadIdx.x) / 32 % 4 * 16),
+        leader(threadIdx.x % 32 == 0) {}
+
+  __device__ __forceinline__ void release(uint32_t barrier) const {
+    if (leader) barrier_arrive(barrier);
+  }
+
+  /// s = q k^T, begun.
+  __device__ __forceinline__ void begin_logits() {
+    warpgroup_fence();
+    const uint64_t q = descriptor_along<PANEL_BYTES>(room.q + group * 64 * PANEL_BYTES);
+    const uint64_t k = descriptor_along<PANEL_BYTES>(room.keys(used));
+    FASTLM_UNROLL
+    for (int i = 0; i < W / 16; ++i) {
+      const int panel = i / 4 * PANEL_BYTES, in = i % 4 * 32;
+      multiply_shared<T, N>(s, moved(q, panel * M + in), moved(k, panel * N + in), i > 0);
+    }
+    warpgroup_commit();
+  }
+  /// o += p v with the values of use i, begun.
+  __device__ __forceinline__ void begin_out(int i) {
+    warpgroup_fence();
+    const uint64_t v = descriptor_across<PANEL_BYTES>(room.values(i), N * PANEL_BYTES);
+    FASTLM_UNROLL
+    for (int j = 0; j < N / 16; ++j) multiply_mixed<T, W, true>(o, p[j], moved(v, j * 16 * PANEL_BYTES), true);
+    warpgroup_commit();
+  }
+  __device__ __forceinline__ void round_weights() {
+    FASTLM_UNROLL
+    for (int j = 0; j < N / 16; ++j) fragment_of<T>(p[j], s, j);
+  }
+  __device__ __forceinline__ void shrink_out() {
+    FASTLM_UNROLL
+    for (int i = 0; i < W / 2; ++i) o[i] *= shrink[i / 2 % 2];
+  }
+
+  __device__ __forceinline__ int query(const Work& work, int r) const {
+    return work.first + (row + lane_row() + 8 * r) / h.group;
+  }
+  /// -inf where positions hide a key of tile n.
+  __device__ __forceinline__ void hide_keys(const Work& work, int n) {
+    const Extent& e = work.e;
+    int low[2], high[2];
+    FASTLM_UNROLL
+    for (int r = 0; r < 2; ++r) {
+      const int i = query(work, r), origin = n * N + lane_column();
+      low[r] = (a.before ? i - e.before : 0) - origin;
+      high[r] = (a.after ? min_of(i + e.after, e.len_k - 1) : e.len_k - 1) - origin;
+    }
+    FASTLM_UNROLL
+    for (int i = 0; i < N / 2; ++i) {
+      const int column = fragment_column(0, i), r = i / 2 % 2;
+      if (column < low[r] || column > high[r]) s[i] = -INF;
+    }
+  }
+  /// Logits to weights relative to the largest so far; sums are this thread's.
+  template <bool EDGE>
+  __device__ __forceinline__ void softmax(const Work& work, int n) {
+    if constexpr (EDGE) hide_keys(work, n);
+    FASTLM_UNROLL
+    for (int r = 0; r < 2; ++r) {
+      float highest = top[r];
+      FASTLM_UNROLL
+      for (int i = 2 * r; i < N / 2; i += 4) highest = fmaxf(highest, fmaxf(s[i], s[i + 1]));
+      highest = fmaxf(highest, exchange(highest, 1));
+      highest = fmaxf(highest, exchange(highest, 2));
+      const float base = EDGE && highest == -INF ? 0.f : highest * a.factor;
+      shrink[r] = exp2_fast(top[r] * a.factor - base);
+      top[r] = highest;
+      sum[r] *= shrink[r];
+      FASTLM_UNROLL
+      for (int i = 2 * r; i < N / 2; i += 4) {
+        s[i] = exp2_fast(s[i] * a.factor - base);
+        s[i + 1] = exp2_fast(s[i + 1] * a.factor - base);
+        sum[r] += s[i] + s[i + 1];
+      }
+    }
+  }
+
+  /// Tile n of keys, while the values of the tile before it are added: its logits are begun before those, so the
+  /// tensor cores have work while this group has its softmax.
+  template <bool EDGE>
+  __device__ __forceinline__ void step(const Work& work, int n, int low) {
+    if constexpr (TURNS) named_sync(TURN + group, 2 * GROUP_THREADS);
+    begin_logits();
+    if constexpr (SHRINK_LATE) shrink_out();
+    barrier_wait(room.v_full(used - 1), Room::parity(used - 1));
+    begin_out(used - 1);
+    if constexpr (TURNS) named_arrive(TURN + (group + 1) % GROUPS, 2 * GROUP_THREADS);
+    warpgroup_wait<1>();
+    ready(s);
+    release(room.k_empty(used));
+    softmax<EDGE>(work, n);
+    ++used;
+    // In front of the wait for o, not behind it: without the loop in here ptxas moves that wait above the softmax.
+    if (n > low) barrier_wait(room.k_full(used), Room::parity(used));
+    warpgroup_wait<0>();
+    ready(o);
+    release(room.v_empty(used - 2));
+    round_weights();
+    if constexpr (!SHRINK_LATE) shrink_out();
+  }
+
+  __device__ __forceinline__ void walk(const Work& work, const Keys& keys) {
+    int n = keys.high - 1;
+    barrier_wait(room.k_full(used), Room::parity(used));
+    begin_logits();
+    warpgroup_wait<0>();
+    ready(s);
+    release(room.k_empty(used));
+    softmax<true>(work, n);
+    round_weights();
+    ++used;
+    if (n > keys.low) barrier_wait(room.k_full(used), Room::parity(used));
+    --n;
+    for (int stop = keys.inner_high;; stop = keys.low) {
+      for (; n >= stop; --n) step<true>(work, n, keys.low);
+      if (n < keys.low) break;
+      for (; n >= keys.inner_low; --n) step<false>(work, n, keys.low);
+    }
+    if constexpr (SHRINK_LATE) shrink_out();
+    if constexpr (Room::OUT_APART) release(room.q_empty());
+    barrier_wait(room.v_full(used - 1), Room::parity(used - 1));
+    begin_out(used - 1);
+    warpgroup_wait<0>();
+    ready(o);
+    release(room.v_empty(used - 1));
+  }
+
+  /// Divides by the sums; lse.
+  __device__ __forceinline__ void finish(const Work& work) {
+    const Extent& e = work.e;
+    FASTLM_UNROLL
+    for (int r = 0; r < 2; ++r) {
+      float total = sum[r] + exchange(sum[r], 1), highest = top[r] * a.factor, part = 1;
+      total += exchange(total, 2);
+      const int i = query(work, r), head = work.head * h.group + (row + lane_row() + 8 * r) % h.group;
+      if (a.sinks) {
+        const float sink = a.sinks[head] * LOG2_E, before = highest;
+        highest = fmaxf(before, sink);
+        const float base = highest == -INF ? 0.f : highest;
+        part = exp2_fast(before - base);
+        total = total * part + exp2_fast(sink - base);
+      }
+      if (lane_column() == 0 && i < e.len_q) {
+        a.lse[row_of(a, e, head) + i] = total == 0 ? -INF : (highest + log2f(total)) * LN_2;
+      }
+      part = total == 0 ? 0.f : part / total;
+      FASTLM_UNROLL
+      for (int n = 2 * r; n < W / 2; n += 4) {
+        o[n] *= part;
+        o[n + 1] *= part;
+      }
+    }
+  }
+
+  /// The warp's 16 rows by way of shared memory.
+  __device__ __forceinline__ void store(const Work& work) {
+    const Extent& e = work.e;
+    int lane = static_cast<int>(threadIdx.x) % 32, own_row = row;
+    forget(lane);  // what is made of these is made below, not ahead of the walk
+    forget(own_row);
+    if constexpr (Room::OUT_APART) {  // the last tile's have left it
+      if (leader) bulk_wait_read<0>();
+      __syncwarp();
+    }
+    const uint32_t out = room.out + own_row * PANEL_BYTES;
+    FASTLM_UNROLL
+    for (int k = 0; k < W / 16; ++k) {
+      uint32_t words[4];
+      fragment_of<T>(words, o, k);
+      store_matrices(out + k / 4 * M * PANEL_BYTES + swizzled<PANEL_BYTES>(lane % 16, k % 4 * 2 + lane / 16), words);
+    }
+    FASTLM_UNROLL
+    for (int i = 0; i < W / 2; ++i) spoiled |= o[i] != o[i];
+    fence_async();
+    __syncwarp();
+    if (h.group == 1 && (!a.cu_q || work.first + row + 16 <= e.len_q)) {
+      if (leader) {
+        for (int p = 0; p * PANEL < a.width_v; ++p)
+          tile_store(&h.out, out + p * M * PANEL_BYTES, p * PANEL, 0, e.start_q + work.first + row, work.head, e.batch);
+        bulk_commit();
+        if constexpr (!Room::OUT_APART) bulk_wait_read<0>();
+      }
+    } else {
+      store_rows(work, out, lane);
+    }
+    if constexpr (!Room::OUT_APART) {
+      __syncwarp();
+      release(room.q_empty());
+    }
+  }
+  /// What the copy engine does not store: rows of a pack that are not all of this sequence, and of several heads.
+  __device__ __forceinline__ void store_rows(const Work& work, uint32_t out, int lane) const {
+    constexpr int WORDS = W / 8;
+    const Extent& e = work.e;
+    const int word = lane % WORDS;
+    if (8 * word >= a.width_v) return;
+    T* const to = static_cast<T*>(a.out) + 8 * word;
+    const uint32_t from = out + word / 8 * M * PANEL_BYTES;
+    FASTLM_ROLL
+    for (int r = lane / WORDS; r < 16; r += 32 / WORDS) {
+      const int i = work.first + (row + r) / h.group, head = work.head * h.group + (row + r) % h.group;
+      if (i >= e.len_q) continue;
+      store_words_global(rows_of(to, a.out_at, e.batch, head, e.start_q + static_cast<int64_t>(i)),
+                         load_shared(from + swizzled<PANEL_BYTES>(r, word % 8)));
+    }
+  }
+
+  __device__ __forceinline__ void run() {
+    if constexpr (TURNS) {
+      if (group == GROUPS - 1) named_arrive(TURN, 2 * GROUP_THREADS);
+    }
+    for_each_tile<M>(h, [&](const Work& work, int& number) {
+      const Keys keys = keys_of<M, N>(h, work);
+      FASTLM_UNROLL
+      for (int i = 0; i < W / 2; ++i) o[i] = 0;
+      FASTLM_UNROLL
+      for (int i = 0; i < N / 2; ++i) s[i] = 0;  // else the last tile's are in use until the product does not add to them
+      FASTLM_UNROLL
+      for (int r = 0; r < 2; ++r) {
+        top[r] = -INF;
+        sum[r] = 0;
+      }
+      barrier_wait(room.q_full(), tiles % 2);
+      ++tiles;
+      if (keys.low < keys.high) {
+        walk(work, keys);
+      } else if constexpr (Room::OUT_APART) {
+        release(room.q_empty());
+      }
+      forget(number);  // so that nothing else of the work waits in registers for this
+      const Work same(h, number);
+      finish(same);
+      store(same);
+    });
+    if (leader) bulk_wait<0>();
+    __syncwarp();
+    // Not where it is found out: what that takes of registers, the walk would do without.
+    if (__ballot_sync(FULL, spoiled && (a.before || a.after || a.cu_q))) {
+      for_each_tile<M>(h, [&](const Work& work, int&) {
+        FASTLM_ROLL
+        for (int r = row; r < row + 16; ++r) {
+          const int i = work.first + r / h.group;
+          if (i < work.e.len_q) repair_out<T>(a, work.e, work.head * h.group + r % h.group, i);
+        }
+      });
+    }
+  }
+};
+
+template <class T, int M, int N>
+__device__ __forceinline__ void attention_hopper_forward(const HopperForwardArguments& h) {
+  using Room = HopperForwardRoom<M, N>;
+  const Room room;
+  const int group = __shfl_sync(FULL, static_cast<int>(threadIdx.x) / GROUP_THREADS, 0);
+  if (threadIdx.x == 0) {
+    room.init();
+    prefetch(&h.q);
+    prefetch(&h.k);
+    prefetch(&h.v);
+    prefetch(&h.out);
+  }
+  __syncthreads();
+  constexpr bool MANY = Room::GROUPS == 3;
+  if (group == 0) {
+    registers_down<(MANY ? 32 : 24)>();
+    if (threadIdx.x == 0) produce(h, room);
+  } else {
+    registers_up<(MANY ? 160 : 240)>();
+    HopperForwardConsumer<T, M, N>(h, room, group - 1).run();
+  }
+}
+
+constexpr AttentionTiles TILES = hopper_forward_tiles(W);
+#define FASTLM_VARIANT(variant)                                                                                    \
+  constexpr AttentionTile TILE_##variant = TILES.rows[variant];                                                    \
+  FASTLM_KERNEL(attention_hopper_forward, variant, TILE_##variant.warps * 32, 1, HopperForwardArguments,           \
+                attention_hopper_forward<Scalar, TILE_##variant.m, TILE_##variant.n>)
+
+FASTLM_VARIANT(0)
+#if FASTLM_HEAD_DIM == 128
+FASTLM_VARIANT(1)
+#endif
+
+}  // namespace fastlm::cuda
