@@ -37,14 +37,15 @@ constexpr int HOPPER_STAGES = 2;  // tiles of keys, and of values, in shared mem
 constexpr bool hopper_forward_out_apart(int w, int m, int n) {
   return 2 * w * (2 * m + 2 * HOPPER_STAGES * n) + 2 * PANEL_ALIGNMENT <= HOPPER_SHARED;
 }
-constexpr AttentionTile hopper_forward_tile(int w, int m, int n) {
+constexpr AttentionTile hopper_forward_shape(int w, int m, int n) {
   const int rows = m * (hopper_forward_out_apart(w, m, n) ? 2 : 1) + 2 * HOPPER_STAGES * n;
   return {m, n, 4 * (m / 64 + 1), HOPPER_STAGES, false, int64_t{2} * w * rows + 2 * PANEL_ALIGNMENT};  // and barriers
 }
 /// With a wide tile of keys where all tiles see all, else the narrow one, which wastes less at the diagonal.
-constexpr AttentionTile HOPPER_FORWARD_64[] = {hopper_forward_tile(64, 192, 128)};
-constexpr AttentionTile HOPPER_FORWARD_128[] = {hopper_forward_tile(128, 128, 128), hopper_forward_tile(128, 128, 176)};
-constexpr AttentionTile HOPPER_FORWARD_256[] = {hopper_forward_tile(256, 128, 80)};
+constexpr AttentionTile HOPPER_FORWARD_64[] = {hopper_forward_shape(64, 192, 128)};
+constexpr AttentionTile HOPPER_FORWARD_128[] = {hopper_forward_shape(128, 128, 128),
+                                                hopper_forward_shape(128, 128, 176)};
+constexpr AttentionTile HOPPER_FORWARD_256[] = {hopper_forward_shape(256, 128, 80)};
 constexpr AttentionTiles hopper_forward_tiles(int w) {
   if (w == 64) return {HOPPER_FORWARD_64, 1};
   if (w == 128) return {HOPPER_FORWARD_128, 2};
@@ -109,10 +110,11 @@ constexpr int hopper_width(const AttentionArguments& a) {
 
 /// Why this path does not take the call, in words; null where it does. It has no general kernels, and the copy engine
 /// wants strides that are positive multiples of 16 bytes.
-const char* why_not_hopper(DType dtype, const AttentionArguments& a);
+const char* why_not_hopper(DType dtype, const AttentionArguments& a, bool backward);
 
-/// Fills in what the kernels want of `a` (tiles, span) and starts one. Only what why_not_hopper() has nothing against.
-void launch_hopper_forward(DType dtype, const AttentionArguments& a, int device, Stream stream);
+/// Of a call that it takes.
+AttentionTile hopper_forward_tile(const AttentionArguments& a);
+void launch_hopper_forward(DType dtype, AttentionArguments a, int device, Stream stream);
 
 /// The tile of attention_hopper_backward, whose m and n say how large dq_sum and turns are and how many tiles there
 /// are; of a call with head dims up to 128.

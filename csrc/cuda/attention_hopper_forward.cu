@@ -20,7 +20,8 @@ struct HopperForwardRoom {
         out(OUT_APART ? v + HOPPER_STAGES * KEYS : q),
         barriers(v + HOPPER_STAGES * KEYS + (OUT_APART ? Q : 0)) {}
 
-  // Each of a ring of two: full() when the copy engine has brought it, empty() when every consumer warp is done with it.
+  // Each of a ring of two: full() when the copy engine has brought it, empty() when every consumer warp is done with
+  // it.
   __device__ __forceinline__ uint32_t q_full() const { return barriers; }
   __device__ __forceinline__ uint32_t q_empty() const { return barriers + 8; }
   __device__ __forceinline__ uint32_t k_full(int i) const { return barriers + 16 + 8 * (i % HOPPER_STAGES); }
@@ -57,7 +58,8 @@ struct HopperForwardKeys {
   int low, inner_low, inner_high, high;
 };
 template <int M, int N>
-__device__ __forceinline__ HopperForwardKeys keys_of(const HopperForwardArguments& h, const HopperForwardWork<M>& work) {
+__device__ __forceinline__ HopperForwardKeys keys_of(const HopperForwardArguments& h,
+                                                     const HopperForwardWork<M>& work) {
   const AttentionArguments& a = h.a;
   const Extent& e = work.e;
   const int last = min_of(work.first + M / h.group, e.len_q) - 1;
@@ -68,7 +70,8 @@ __device__ __forceinline__ HopperForwardKeys keys_of(const HopperForwardArgument
 }
 
 /// Every role goes through the same tiles. Long ones come first (place()), and every other round goes through the
-/// blocks backwards, so that who had a longer one has a shorter one next: a block's places in two rounds add up to ends.
+/// blocks backwards, so that who had a longer one has a shorter one next: a block's places in two rounds add up to
+/// ends.
 template <int M, class Body>
 __device__ __forceinline__ void for_each_tile(const HopperForwardArguments& h, const Body& body) {
   const int blocks = static_cast<int>(gridDim.x);
@@ -85,7 +88,7 @@ template <int M, int N>
 __device__ __forceinline__ void produce(const HopperForwardArguments& h, const HopperForwardRoom<M, N>& room) {
   using Room = HopperForwardRoom<M, N>;
   const int share = h.heads / h.a.kv_heads;  // of q's heads that share a key head
-  int tiles = 0, loaded = 0;                             // so far
+  int tiles = 0, loaded = 0;                 // so far
   for_each_tile<M>(h, [&](const HopperForwardWork<M>& work, int&) {
     const Extent& e = work.e;
     const HopperForwardKeys keys = keys_of<M, N>(h, work);
@@ -135,9 +138,9 @@ struct HopperForwardConsumer {
   using Work = HopperForwardWork<M>;
   using Keys = HopperForwardKeys;
   static constexpr int GROUPS = Room::GROUPS;
-  static constexpr bool TURNS = W <= 128;    // groups issue products in turn: one's run while another has its softmax
+  static constexpr bool TURNS = W <= 128;  // groups issue products in turn: one's run while another has its softmax
   static constexpr bool SHRINK_LATE = W > 128;  // under the products of the next tile
-  static constexpr int TURN = 1;             // number of the first of the barriers
+  static constexpr int TURN = 1;                // number of the first of the barriers
 
   const HopperForwardArguments& h;
   const AttentionArguments& a;
@@ -150,7 +153,11 @@ struct HopperForwardConsumer {
   uint32_t p[N / 16][4];
 
   __device__ __forceinline__ HopperForwardConsumer(const HopperForwardArguments& h, const Room& room, int group)
-      : h(h), a(h.a), room(room), group(group), row(64 * group + static_cast<int>(threadIdx.x) / 32 % 4 * 16),
+      : h(h),
+        a(h.a),
+        room(room),
+        group(group),
+        row(64 * group + static_cast<int>(threadIdx.x) / 32 % 4 * 16),
         leader(threadIdx.x % 32 == 0) {}
 
   __device__ __forceinline__ void release(uint32_t barrier) const {
@@ -368,7 +375,8 @@ struct HopperForwardConsumer {
       FASTLM_UNROLL
       for (int i = 0; i < W / 2; ++i) o[i] = 0;
       FASTLM_UNROLL
-      for (int i = 0; i < N / 2; ++i) s[i] = 0;  // else the last tile's are in use until the product does not add to them
+      for (int i = 0; i < N / 2; ++i)
+        s[i] = 0;  // else the last tile's are in use until the product does not add to them
       FASTLM_UNROLL
       for (int r = 0; r < 2; ++r) {
         top[r] = -INF;
@@ -425,9 +433,9 @@ __device__ __forceinline__ void attention_hopper_forward(const HopperForwardArgu
 }
 
 constexpr AttentionTiles TILES = hopper_forward_tiles(W);
-#define FASTLM_VARIANT(variant)                                                                                    \
-  constexpr AttentionTile TILE_##variant = TILES.rows[variant];                                                    \
-  FASTLM_KERNEL(attention_hopper_forward, variant, TILE_##variant.warps * 32, 1, HopperForwardArguments,           \
+#define FASTLM_VARIANT(variant)                                                                          \
+  constexpr AttentionTile TILE_##variant = TILES.rows[variant];                                          \
+  FASTLM_KERNEL(attention_hopper_forward, variant, TILE_##variant.warps * 32, 1, HopperForwardArguments, \
                 attention_hopper_forward<Scalar, TILE_##variant.m, TILE_##variant.n>)
 
 FASTLM_VARIANT(0)
