@@ -119,6 +119,8 @@ PYBIND11_MODULE(_cuda, m) {
   m.def("record", &cuda::record);
   m.def("records", &cuda::records);
   m.def("tail", &cuda::tail);
+  m.def("trace", &cuda::trace);
+  m.def("traces", &cuda::traces);
   m.def("instances", &cuda::instances);
 #endif
 }

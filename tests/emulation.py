@@ -69,7 +69,7 @@ def build() -> Path:
             objects.append(compile_object(root / unit.source, f"{unit.name}.{dtype}", given))
         return objects
 
-    common = [SOURCE / "launch.cpp", SOURCE / "emulation" / "emulator.cpp"]
+    common = [SOURCE / "launch.cpp", *sorted((SOURCE / "emulation").glob("*.cpp"))]
     shared = [compile_object(source, source.stem, flags) for source in common]
     includes = f"-I{pybind11.get_include()} -I{sysconfig.get_paths()['include']} -I{ROOT / 'csrc'}"
     objects = [*shared, compile_object(ROOT / "csrc" / "bindings.cpp", "bindings", " ".join([*FLAGS, includes]))]

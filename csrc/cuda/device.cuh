@@ -141,12 +141,11 @@ __device__ __forceinline__ void store_words_once(void* p, Words v) {
 inline void copy_async(void* to, const void* from) { simt::copy_later(to, from); }
 inline void copy_commit() { simt::commit_copies(); }
 inline uint32_t shared_address(const void* p) {
-  return static_cast<uint32_t>(static_cast<const char*>(p) - simt::shared_memory[simt::current->rank]);
+  return simt::SHARED_BASE +
+         static_cast<uint32_t>(static_cast<const char*>(p) - simt::shared_memory[simt::current->rank]);
 }
-inline Words load_shared(uint32_t from) { return load_words(simt::shared_memory[simt::current->rank] + from); }
-inline void copy_async(uint32_t to, const void* from) {
-  simt::copy_later(simt::shared_memory[simt::current->rank] + to, from);
-}
+inline Words load_shared(uint32_t from) { return load_words(simt::shared_at(from, 16, simt::Access::read)); }
+inline void copy_async(uint32_t to, const void* from) { simt::copy_later(simt::shared_at(to, 16, simt::Access::copy), from); }
 template <int PENDING>
 void copy_wait() {
   simt::finish_copies(PENDING);

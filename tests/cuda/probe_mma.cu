@@ -112,11 +112,11 @@ __device__ void round_trip(const ProbeArguments& p) {
 
 __device__ void misaligned_matrices(const ProbeArguments&) {
   uint32_t r[4];
-  load_matrices(r, 16 * threadIdx.x + (threadIdx.x == 7 ? 8 : 0));
+  load_matrices(r, shared_address(shared<char>()) + 16 * threadIdx.x + (threadIdx.x == 7 ? 8 : 0));
 }
 __device__ void matrices_past_the_end(const ProbeArguments& p) {
   uint32_t r[4];
-  load_matrices(r, static_cast<uint32_t>(p.n));
+  load_matrices(r, shared_address(shared<char>()) + static_cast<uint32_t>(p.n));
 }
 /// A product that half of the warp does not reach.
 __device__ void product_in_a_branch(const ProbeArguments&) {

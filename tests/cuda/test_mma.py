@@ -71,8 +71,8 @@ def test_a_phase_reads_eight_groups_of_banks(width: int) -> None:
 
 @pytest.mark.parametrize(
     ("variant", "n", "match"),
-    [(MISALIGNED, 0, "no multiple of 16"), (PAST_THE_END, 1024, "behind the block's shared memory"),
-     (PAST_THE_END, 1 << 20, "behind the block's shared memory"), (IN_A_BRANCH, 0, "never reach|returned before"),
+    [(MISALIGNED, 0, "no multiple of 16"), (PAST_THE_END, 1024, "outside the block's shared memory"),
+     (PAST_THE_END, 1 << 20, "outside the block's shared memory"), (IN_A_BRANCH, 0, "never reach|returned before"),
      (WRONG_TURNS, 0, "a turn that no started block will give: 1, now 0")],
 )  # fmt: skip
 def test_wrong_kernels_are_errors(variant: int, n: int, match: str) -> None:

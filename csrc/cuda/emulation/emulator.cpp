@@ -8,8 +8,10 @@
 #include <mutex>
 #include <numeric>
 #include <stdexcept>
+#include <utility>
 
-#include "simt.h"
+#include "async.h"
+#include "cuda/tensor_map.h"
 
 #if defined(__SANITIZE_ADDRESS__)
 extern "C" void __asan_unpoison_memory_region(const volatile void*, size_t);
@@ -62,6 +64,7 @@ const void* arguments = nullptr;
 
 void run_fiber() {
   entry(arguments);
+  end_thread();
   current->state = State::done;
   fastlm_switch(&current->stack_pointer, scheduler);
   std::abort();
@@ -83,7 +86,12 @@ class Scheduler {
     std::iota(turn_.begin(), turn_.end(), 0u);
     if (order_ == fastlm::cuda::Order::reversed) std::reverse(turn_.begin(), turn_.end());
   }
-  ~Scheduler() { forget(); }
+  ~Scheduler() {
+    forget();
+#if defined(__SANITIZE_ADDRESS__)
+    __asan_unpoison_memory_region(stacks_, STACK * fibers_.size());  // frames that never returned
+#endif
+  }
 
   /// The blocks first .. first + cluster - 1 of row y of the grid.
   void run(unsigned first, unsigned y, size_t shared) {
@@ -105,12 +113,14 @@ class Scheduler {
       f.rank = rank;
       f.warp = static_cast<unsigned>(i / 32);
       f.lane = static_cast<unsigned>(i % 32);
+      f.registers = std::min(65536 / threads_ / 8 * 8, 256);
       f.state = State::running;
       void** top = reinterpret_cast<void**>(stacks_ + STACK * (i + 1)) - 2;
       *top = reinterpret_cast<void*>(&run_fiber);
       for (int k = 0; k < 6; ++k) *--top = nullptr;
       f.stack_pointer = top;
     }
+    begin_cluster(static_cast<unsigned>(cluster_), static_cast<unsigned>(threads_));
     size_t done = 0;
     while (done < fibers_.size()) {
       if (order_ == fastlm::cuda::Order::shuffled) shuffle();
@@ -120,14 +130,19 @@ class Scheduler {
         progress = true;
         current = &fibers_[i];
         fastlm_switch(&scheduler, current->stack_pointer);
-        if (!failure.empty()) raise(failure);
+        current = nullptr;
+        if (!failure.empty()) fail(std::exchange(failure, {}));
         done += fibers_[i].state == State::done;
       }
       progress |= release(State::at_warp, 32);
+      progress |= release(State::at_group, 128);
       progress |= release(State::at_block, threads_);
       progress |= release(State::at_cluster, fibers_.size());
-      if (!progress && done < fibers_.size()) raise("threads wait at barriers that the others never reach");
+      if (progress || done == fibers_.size()) continue;
+      if (copies_under_way() == 0) fail("threads wait at barriers that the others never reach" + who_waits(fibers_));
+      land(choose(copies_under_way()));
     }
+    end_cluster(fibers_);
   }
 
  private:
@@ -140,9 +155,9 @@ class Scheduler {
       if (waiting == 0) continue;
       const auto gone = std::count_if(from, to, [](const Fiber& f) { return f.state == State::done; });
       if (waiting + gone < to - from) continue;
-      if (gone > 0) raise("a barrier or a warp's collective that some threads have returned before");
+      if (gone > 0) fail("a barrier or a warp's collective that some threads have returned before");
       if (std::any_of(from, to, [&](const Fiber& f) { return f.site != from->site; }))
-        raise("threads wait at different barriers or collectives");
+        fail("threads wait at different barriers or collectives");
       for (auto f = from; f != to; ++f) f->state = State::running;
       any = true;
     }
@@ -157,18 +172,17 @@ class Scheduler {
   }
 
   void shuffle() {
-    for (size_t i = turn_.size(); i > 1; --i) {
-      random_ = random_ * 6364136223846793005u + 1442695040888963407u;
-      std::swap(turn_[i - 1], turn_[(random_ >> 33) % i]);
-    }
+    for (size_t i = turn_.size(); i > 1; --i) std::swap(turn_[i - 1], turn_[random() % i]);
   }
 
-  [[noreturn]] void raise(std::string what) {
-    failure.clear();
-#if defined(__SANITIZE_ADDRESS__)
-    __asan_unpoison_memory_region(stacks_, STACK * fibers_.size());  // frames that never returned
-#endif
-    throw std::runtime_error(what);
+  /// Which of so many copies lands next.
+  size_t choose(size_t copies) {
+    if (order_ == fastlm::cuda::Order::forward) return 0;
+    return order_ == fastlm::cuda::Order::reversed ? copies - 1 : random() % copies;
+  }
+  size_t random() {
+    random_ = random_ * 6364136223846793005u + 1442695040888963407u;
+    return random_ >> 33;
   }
 
   static char* stacks_;
@@ -183,12 +197,14 @@ char* Scheduler::stacks_ = nullptr;
 }  // namespace
 
 void wait(State barrier, int site) {
+  if (barrier == State::at_block) note("syncthreads");
   current->state = barrier;
   current->site = site;
   fastlm_switch(&current->stack_pointer, scheduler);
 }
 
 void fail(const std::string& message) {
+  if (current == nullptr) throw std::runtime_error(message);
   failure = message;
   fastlm_switch(&current->stack_pointer, scheduler);
   std::abort();
@@ -237,6 +253,28 @@ void record(bool on) {
 std::vector<Recorded> records() { return recorded; }
 
 void tail(int64_t blocks) { only_last = blocks; }
+
+void trace(bool on) { simt::trace(on); }
+
+std::vector<std::string> traces() { return simt::traces(); }
+
+TensorMap tensor_map(DType dtype, const void* base, const std::array<int64_t, 5>& sizes,
+                     const std::array<int64_t, 4>& strides, const std::array<int, 5>& box, int swizzle) {
+  check_tensor_map(dtype, base, sizes, strides, box, swizzle);
+  if (2 * box[0] != swizzle)
+    throw std::invalid_argument("the emulation takes boxes whose rows are the swizzle's bytes");
+  simt::Tensor t{simt::TENSOR_MAGIC, static_cast<char*>(const_cast<void*>(base)), {}, {}, {}, {}};
+  for (int i = 0; i < 5; ++i) {
+    t.sizes[i] = static_cast<uint64_t>(sizes[i]);
+    t.box[i] = static_cast<uint16_t>(box[i]);
+    if (i > 0) t.strides[i - 1] = static_cast<uint64_t>(2 * strides[i - 1]);
+  }
+  t.swizzle = static_cast<uint16_t>(swizzle);
+  TensorMap map{};
+  static_assert(sizeof t <= sizeof map, "the room of a map");
+  std::memcpy(&map, &t, sizeof t);
+  return map;
+}
 
 std::vector<std::string> instances() {
   std::vector<std::string> names;

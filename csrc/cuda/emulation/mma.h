@@ -44,26 +44,24 @@ __attribute__((no_sanitize("address", "undefined"))) inline void mma(float (&d)[
 }
 
 struct MatricesShape {
-  uint32_t address[32];
+  char* rows[4][8];
   union {
     uint16_t numbers[4][8][8];
     uint32_t words[4][8][4];
   };
 };
-inline char* matrix_row(const MatricesShape& s, int matrix, int row) {
-  return simt::shared_at(s.address[8 * matrix + row], 16);
-}
 
 template <bool TRANSPOSED>
 void load_four(uint32_t (&r)[4], uint32_t address) {
   const unsigned lane = simt::current->lane;
   const MatricesShape& s = simt::together<MatricesShape>(
-      21 + TRANSPOSED, [&](MatricesShape& s) { s.address[lane] = address; },
+      21 + TRANSPOSED,
+      [&](MatricesShape& s) { s.rows[lane / 8][lane % 8] = simt::shared_at(address, 16, simt::Access::read); },
       [](MatricesShape& s) {
         for (int matrix = 0; matrix < 4; ++matrix) {
           for (int row = 0; row < 8; ++row) {
             uint16_t numbers[8];
-            std::memcpy(numbers, matrix_row(s, matrix, row), 16);
+            std::memcpy(numbers, s.rows[matrix][row], 16);
             for (int i = 0; i < 8; ++i)
               (TRANSPOSED ? s.numbers[matrix][i][row] : s.numbers[matrix][row][i]) = numbers[i];
           }
@@ -80,7 +78,7 @@ void store_four(uint32_t address, const uint32_t (&r)[4]) {
   simt::together<MatricesShape>(
       23 + TRANSPOSED,
       [&](MatricesShape& s) {
-        s.address[lane] = address;
+        s.rows[lane / 8][lane % 8] = simt::shared_at(address, 16, simt::Access::write);
         for (int j = 0; j < 4; ++j) s.words[j][lane / 4][lane % 4] = r[j];
       },
       [](MatricesShape& s) {
@@ -88,7 +86,7 @@ void store_four(uint32_t address, const uint32_t (&r)[4]) {
           for (int row = 0; row < 8; ++row) {
             uint16_t numbers[8];
             for (int i = 0; i < 8; ++i) numbers[i] = TRANSPOSED ? s.numbers[matrix][i][row] : s.numbers[matrix][row][i];
-            std::memcpy(matrix_row(s, matrix, row), numbers, 16);
+            std::memcpy(s.rows[matrix][row], numbers, 16);
           }
         }
       });
@@ -98,11 +96,11 @@ inline void store_matrices_transposed(uint32_t address, const uint32_t (&r)[4]) 
 
 inline void copy_async_or_zero(uint32_t to, const void* from, bool there) {
   if (from == nullptr) simt::fail("an asynchronous copy from an address that cannot be");
-  simt::copy_later(simt::shared_at(to, 16), there ? from : nullptr);
+  simt::copy_later(simt::shared_at(to, 16, simt::Access::copy), there ? from : nullptr);
 }
 
-inline void store_shared(uint32_t to, uint32_t v) { std::memcpy(simt::shared_at(to, 4), &v, 4); }
-inline void store_shared(uint32_t to, Words v) { std::memcpy(simt::shared_at(to, 16), &v, 16); }
+inline void store_shared(uint32_t to, uint32_t v) { std::memcpy(simt::shared_at(to, 4, simt::Access::write), &v, 4); }
+inline void store_shared(uint32_t to, Words v) { std::memcpy(simt::shared_at(to, 16, simt::Access::write), &v, 16); }
 
 template <class T>
 inline uint32_t pack2(float low, float high) {
@@ -121,6 +119,9 @@ inline void await_turn(const int* turn, int mine) {
   if (*turn != mine)
     simt::fail("a turn that no started block will give: " + std::to_string(mine) + ", now " + std::to_string(*turn));
 }
-inline void pass_turn(int* turn, int next) { *turn = next; }
+inline void pass_turn(int* turn, int next) {
+  simt::check_written();
+  *turn = next;
+}
 
 }  // namespace fastlm::cuda

@@ -8,8 +8,10 @@
 // together, and a block larger than its launch bounds are errors with the kernel's name. Shared memory is filled with
 // NaN. AddressSanitizer sees accesses out of bounds, UBSan vectors that are not aligned.
 //
-// Not emulated: the memory model (a fence too few is not noticed), timing, parallelism of blocks that are not of one
-// cluster.
+// What sm_90a does beside its threads (copies of tiles, products of warp groups, barriers in memory) is async.h's.
+//
+// Not emulated: the memory model (a fence too few is not noticed, but fence_async()), timing, parallelism of blocks that
+// are not of one cluster.
 #pragma once
 #include <cmath>
 #include <cstdint>
@@ -24,7 +26,7 @@ struct Dim {
   unsigned x = 1, y = 1, z = 1;
 };
 
-enum class State { running, at_warp, at_block, at_cluster, done };
+enum class State { running, at_warp, at_group, at_block, at_cluster, blocked, done };
 
 struct Fiber {
   void* stack_pointer;
@@ -32,7 +34,9 @@ struct Fiber {
   unsigned rank;        // of the block in its cluster
   unsigned warp, lane;  // warp: numbered through the cluster
   unsigned parity;      // of the warp's exchange buffer
-  int site;             // which collective the fiber waits in
+  unsigned group_parity;
+  int registers;
+  int site;  // which collective the fiber waits in
   State state;
 };
 
@@ -94,11 +98,24 @@ const Shape& together(int site, Give give, Work work) {
   return shape;
 }
 
-/// A place in the block's shared memory.
-inline char* shared_at(uint32_t address, unsigned bytes) {
+/// Where shared memory begins, as instructions take it: a multiple of 128 and no more, which is all that is promised.
+constexpr uint32_t SHARED_BASE = 1024 + 128;
+enum class Access { read, write, copy };  // copy: to shared memory, until copy_wait()
+/// Whether accesses of shared memory are told to touch().
+inline bool watching = false;
+void touch(uint32_t address, unsigned bytes, Access access);
+/// A line of the trace (emulator.h).
+void note(const char* kind, int64_t a = 0, int64_t b = 0);
+/// Fails where a thread of the cluster has stores or additions under way.
+void check_written();
+
+/// A place in the block's shared memory, about to be read or written.
+inline char* shared_at(uint32_t address, unsigned bytes, Access access) {
   if (address % bytes) fail("an address in shared memory that is no multiple of " + std::to_string(bytes));
-  if (address + size_t{bytes} > shared_bytes) fail("an address behind the block's shared memory");
-  return shared_memory[current->rank] + address;
+  if (address < SHARED_BASE || address - SHARED_BASE + size_t{bytes} > shared_bytes)
+    fail("an address outside the block's shared memory");
+  if (watching) touch(address, bytes, access);
+  return shared_memory[current->rank] + (address - SHARED_BASE);
 }
 
 // Asynchronous copies arrive as late as they may: until then their destination is NaN.
@@ -114,8 +131,12 @@ inline void copy_later(void* to, const void* from) {
   std::memset(to, 0xff, 16);
   my_copies().push_back({to, from});
 }
-inline void commit_copies() { my_copies().push_back({nullptr, nullptr}); }
+inline void commit_copies() {
+  note("copy_commit");
+  my_copies().push_back({nullptr, nullptr});
+}
 inline void finish_copies(int pending) {
+  note("copy_wait", pending);
   std::vector<Copy>& mine = my_copies();
   int groups = -pending;
   for (const Copy& copy : mine) groups += copy.to == nullptr;
