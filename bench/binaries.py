@@ -10,7 +10,7 @@ import json
 import re
 import subprocess
 from collections import Counter
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
@@ -33,8 +33,8 @@ def tool(name: str, *arguments: str | Path) -> str:
     return subprocess.run([path, *arguments], capture_output=True, text=True, check=True).stdout
 
 
-def read_cubin(path: Path) -> dict[str, Figures]:
-    """Registers of a thread, bytes of local and static shared memory, and what read_sass() finds, by kernel."""
+def read_cubin(path: Path, read: Callable[[str], Figures]) -> dict[str, Figures]:
+    """Registers of a thread, bytes of local and static shared memory, and what read() finds in its code, by kernel."""
     usage = re.findall(
         r"Function (\S+):\s+REG:(\d+) STACK:(\d+) SHARED:(\d+) LOCAL:(\d+)", tool("cuobjdump", "-res-usage", path)
     )
@@ -42,8 +42,7 @@ def read_cubin(path: Path) -> dict[str, Figures]:
         raise RuntimeError("cuobjdump -res-usage printed no figures")
     found = code(path)
     return {
-        name: {"registers": int(registers), "local": int(stack) + int(local), "shared": int(shared)}
-        | read_sass(found[name])
+        name: {"registers": int(registers), "local": int(stack) + int(local), "shared": int(shared)} | read(found[name])
         for name, registers, stack, shared, local in usage
     }
 

@@ -47,6 +47,7 @@ CHIPS = tuple(f"sm_{arch}" for arch in _sources.ARCHITECTURES)
 
 NARROW = {
     "adam": r"adam_(begin|total)_0",  # a number a thread
+    "attention": r"document_ranges_0",  # numbers of documents
     "cross_entropy": r"cross_entropy_prepare_0",  # labels and weights of classes
     "gelu": r"gelu_(forward|backward)_[024]",  # unaligned addresses
     "glu": r"glu_(forward|backward)_[024]",  # unaligned addresses or rows
@@ -56,6 +57,18 @@ NARROW = {
     "embedding": r"embedding_(forward|starts)_0",  # unaligned rows; the search
 }
 """By source, the instances (the whole name) that need have no access of 16 bytes: what moves element by element."""
+IN_TURN = {
+    "attention_ampere_backward": r"attention_ampere_backward_\d+",  # dq
+    "attention_hopper_backward": r"attention_hopper_backward_\d+",  # dq
+}
+"""By source, the instances that may add floats to memory: their blocks do so one after the other."""
+NEEDED = {
+    "attention_ampere": ("mma", "LDGSTS"),
+    "attention_hopper": ("wgmma", "UTMALDG"),
+}
+"""By how a source's name begins, what its instances must have: tensor cores, and copies that wait for nobody."""
+FEEDING = ("LDGSTS", "UTMALDG", "UTMASTG", "UBLKRED")
+"""Counted where tensor cores are used: copies to shared memory by threads and by the copy engine, and from there."""
 
 
 # --- compiling -------------------------------------------------------------------------------------------------------
@@ -114,8 +127,8 @@ def with_nvcc(unit: Unit, dtype: str, chip: str) -> bytes:
         command = [str(nvcc()), "-cubin", "-O3", "-std=c++17", "-Werror", "all-warnings", f"-arch={chip}"]
         command += [f"-I{_sources.folder()}", *flags, "-o", str(path)]
         run = subprocess.run([*command, _sources.folder() / unit.source], capture_output=True, text=True)
-        if run.returncode:
-            raise RuntimeError((run.stderr + run.stdout).strip())
+        if said := (run.stderr + run.stdout).strip():  # also where ptxas makes wgmma wait for each other: a mere info
+            raise RuntimeError(said)
         return path.read_bytes()
 
 
@@ -126,7 +139,9 @@ class Job(NamedTuple):
 
     def digest(self) -> str:
         source = _sources.digest(_sources.closure(self.unit.source, _sources.folder()))
-        reading = "".join(inspect.getsource(part) for part in (with_nvcc, _binaries.options, read, *binaries.READING))
+        reading = "".join(
+            inspect.getsource(part) for part in (with_nvcc, _binaries.options, read, look, *binaries.READING)
+        )
         return hashlib.sha256(repr([*self, version(), reading, source]).encode()).hexdigest()[:32]
 
 
@@ -135,11 +150,22 @@ def read(cubin: bytes) -> dict[str, Figures]:
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder, "kernel.cubin")
         path.write_bytes(cubin)
-        figures, bounds = binaries.read_cubin(path), binaries.launch_bounds(path)
+        figures, bounds = binaries.read_cubin(path, look), binaries.launch_bounds(path)
     return {
         name: {"registers": f["registers"], "most": bounds[name][1], "threads": bounds[name][0]} | f
         for name, f in figures.items()
     }
+
+
+def look(sass: str) -> Figures:
+    """What binaries.read_sass() finds, and FEEDING."""
+    figures = binaries.read_sass(sass)
+    if {"mma", "wgmma"} & {*figures}:
+        found = re.findall(rf"\b({'|'.join(FEEDING)})\b", sass)
+        figures |= {name: found.count(name) for name in FEEDING if name in found}
+        if added := len(re.findall(r"\bUBLKRED[.\w]*\.ADD\.\w?F\d", sass)):
+            figures["float atomics"] = figures.get("float atomics", 0) + added
+    return figures
 
 
 def figures(job: Job) -> dict[str, Figures]:
@@ -180,8 +206,11 @@ def complaints(source: str, instance: str, f: Figures) -> list[str]:
         found.append(f"{f['registers']} registers for {f['threads']} threads, {f['most']} allowed")
     if not wide(f) and not re.fullmatch(NARROW.get(source, ""), instance):
         found.append("no access of 16 bytes, and NARROW does not name it")
-    if f.get("float atomics"):
-        found.append("atomics on floats: their order changes the bits")
+    if not exact(f) and not re.fullmatch(IN_TURN.get(source, ""), instance):
+        found.append("atomics on floats, and IN_TURN does not name it: their order changes the bits")
+    for part, names in NEEDED.items():
+        if source.startswith(part) and (lacking := [name for name in names if not f.get(name)]):
+            found.append(f"no {' and no '.join(lacking)}")
     return found
 
 
@@ -193,16 +222,22 @@ def wide(f: Figures) -> bool:
     return bool({"16", "32"} & {*f["loads"], *f["stores"]})
 
 
+def exact(f: Figures) -> bool:
+    return not f.get("float atomics")
+
+
 def unused(rows: dict[Job, dict[str, Figures]]) -> list[str]:
-    """Exceptions that nothing needs: instances that NARROW names and that are wide, sources of which it names none."""
+    """Exceptions that nothing needs: instances that NARROW names and that are wide, that IN_TURN names and that add no
+    floats; sources of which they name none."""
     found = []
-    for source in {stem(job.unit) for job in rows} & {*NARROW}:
-        named: dict[str, list[bool]] = {}
-        for job, instances in rows.items():
-            for instance, f in instances.items():
-                if stem(job.unit) == source and re.fullmatch(NARROW[source], instance) and "error" not in f:
-                    named.setdefault(instance, []).append(wide(f))
-        found += [instance for instance, each in named.items() if all(each)] if named else [source]
+    for exceptions, keeps in ((NARROW, wide), (IN_TURN, exact)):
+        for source in {stem(job.unit) for job in rows} & {*exceptions}:
+            named: dict[str, list[bool]] = {}
+            for job, instances in rows.items():
+                for instance, f in instances.items():
+                    if stem(job.unit) == source and re.fullmatch(exceptions[source], instance) and "error" not in f:
+                        named.setdefault(instance, []).append(keeps(f))
+            found += [instance for instance, each in named.items() if all(each)] if named else [source]
     return sorted(found)
 
 

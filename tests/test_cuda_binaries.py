@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -83,8 +84,22 @@ def test_an_instance_that_may_be_narrow_is_named_in_whole() -> None:
     assert cuda_binaries.complaints("gelu", "gelu_forward_01", narrow)
 
 
+def test_an_instance_that_may_add_floats_is_named_too() -> None:
+    adding = GOOD | {"mma": 8, "LDGSTS": 4, "atomics": 2, "float atomics": 2}
+    assert not cuda_binaries.complaints("attention_ampere_backward", "attention_ampere_backward_0", adding)
+    (said,) = cuda_binaries.complaints("attention_ampere_forward", "attention_ampere_forward_0", adding)
+    assert "IN_TURN does not name it" in said
+
+
+def test_what_attention_must_have() -> None:
+    assert cuda_binaries.complaints("attention_ampere_bias", "x", GOOD | {"mma": 8}) == ["no LDGSTS"]
+    assert cuda_binaries.complaints("attention_hopper_forward", "x", GOOD) == ["no wgmma and no UTMALDG"]
+    assert not cuda_binaries.complaints("attention_hopper_forward", "x", GOOD | {"wgmma": 8, "UTMALDG": 2})
+    assert not cuda_binaries.complaints("attention", "x", GOOD)
+
+
 def test_every_name_of_an_exception_is_an_instance_that_needs_it(gate: dict[str, Any]) -> None:
-    assert not gate["unused"], f"NARROW names what is wide or not there: {gate['unused']}"
+    assert not gate["unused"], f"NARROW or IN_TURN names what does not need it or is not there: {gate['unused']}"
 
 
 def test_nvrtc_and_nvcc_of_one_version_make_the_same_instructions(tmp_path: Path) -> None:
@@ -114,6 +129,59 @@ ATOMICS = """
 
 def test_atomics_on_floats_are_told_from_others() -> None:
     assert {k: v for k, v in binaries.read_sass(ATOMICS).items() if v} == {"atomics": 4, "float atomics": 3}
+
+
+FED = """
+        /*0100*/                   HGMMA.64x64x16.F32.BF16 R24, gdesc[UR4], R24, gsb0 ;
+        /*0110*/                   UTMALDG.5D [UR8], [UR4] ;
+        /*0120*/                   UBLKRED.G.S.ADD.F32.RN [UR4], [UR8], UR9 ;
+        /*0130*/                   LDGSTS.E.BYPASS.LTC128B.128 [R241], desc[UR24][R148.64], P1 ;
+        /*0140*/              @!P0 LDGSTS.E.BYPASS.LTC128B.128 [R241], desc[UR24][R148.64], P1 ;
+"""
+
+
+def test_how_tensor_cores_are_fed_is_counted() -> None:
+    counts = {"wgmma": 1, "UTMALDG": 1, "UBLKRED": 1, "LDGSTS": 2, "float atomics": 1}
+    assert {k: v for k, v in cuda_binaries.look(FED).items() if k not in ("spills", "loads", "stores")} == counts
+    assert "LDGSTS" not in cuda_binaries.look(FED.replace("HGMMA", "HADD2")), "figures of ops that do without"
+
+
+SERIAL = """
+#include "cuda/hopper.cuh"
+namespace fastlm::cuda {
+struct Arguments {
+  float* out;
+  int n;
+};
+template <class T>
+__device__ void serial(const Arguments& a) {
+  extern __shared__ char shared[];
+  const uint32_t at = shared_address(shared);
+  float d[32] = {};
+  for (int i = 0; i < a.n; ++i) {
+    warpgroup_fence();
+    multiply_shared<T, 64>(d, descriptor_along<128>(at), descriptor_along<128>(at + 8192), true);
+    warpgroup_commit();
+    for (int j = 0; j < 32; ++j) d[j] *= 1.5f;
+    warpgroup_wait<0>();
+  }
+  for (int i = 0; i < 32; ++i) a.out[threadIdx.x * 32 + i] = d[i];
+}
+FASTLM_KERNEL(serial, 0, 128, 1, Arguments, serial<Scalar>)
+}
+"""
+
+
+def test_products_that_wait_for_each_other_are_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    shutil.copytree(_sources.folder(), tmp_path / "csrc")
+    monkeypatch.setattr(_sources, "folder", lambda: tmp_path / "csrc")
+    (tmp_path / "csrc" / "cuda" / "op.cu").write_text(SERIAL)
+    if _nvrtc.find()[0] is not None:
+        with pytest.raises(RuntimeError, match=r"C7514.*serialized"):
+            cuda_binaries.with_nvrtc(OP, "bfloat16", "sm_90a")
+    if cuda_binaries.nvcc() is not None:
+        with pytest.raises(RuntimeError, match=r"C7514.*serialized"):
+            cuda_binaries.with_nvcc(OP, "bfloat16", "sm_90a")
 
 
 KERNELS = """

@@ -202,7 +202,7 @@ def compile_one(launch: Launch, chip: str, folder: Path) -> Figures:
     else:
         path = folder / "kernel.cubin"
         path.write_bytes(compiled.asm["cubin"])
-        figures |= next(iter(binaries.read_cubin(path).values()))
+        figures |= next(iter(binaries.read_cubin(path, binaries.read_sass).values()))
     figures["shared"] = max(figures["shared"], compiled.metadata.shared)
     figures["seconds"] = round(time.perf_counter() - start, 1)
     return figures

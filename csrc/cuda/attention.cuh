@@ -10,7 +10,7 @@
 
 namespace fastlm::cuda {
 
-constexpr float INF = __builtin_inff();
+constexpr float INF = __builtin_bit_cast(float, 0x7f800000u);  // NVRTC has no other
 
 __device__ __forceinline__ int min_of(int a, int b) { return a < b ? a : b; }
 __device__ __forceinline__ int max_of(int a, int b) { return a > b ? a : b; }
