@@ -32,4 +32,28 @@ constexpr AttentionTile AMPERE_FORWARD[][3] = {
 };
 constexpr AttentionTiles ampere_forward(int width) { return tiles_of(AMPERE_FORWARD, width); }
 
+// Backward: a block holds n keys and their values, and walks over m queries and their gradients at a time. Shared
+// memory has, beside those, the weights and their gradients, and what there is one number of for each query: its shift
+// and delta, and for dropout two of its hash.
+constexpr int BACKWARD_STANDING = 80;  // bytes: where a block stands
+constexpr AttentionTile backward_tile(int width, int m, int n, int warps, int stages, bool general) {
+  const int64_t rows = 2 * (general ? 4 : 2) * 4 * m;
+  return {m,      n,       warps,
+          stages, general, int64_t{2} * width * (2 * n + 2 * stages * m) + 4 * m * n + rows + BACKWARD_STANDING};
+}
+constexpr AttentionTile AMPERE_BACKWARD[][3] = {
+    {backward_tile(32, 64, 128, 8, 2, false), backward_tile(32, 64, 128, 8, 2, true)},
+    {backward_tile(64, 128, 128, 8, 2, false), backward_tile(64, 64, 128, 8, 2, false),
+     backward_tile(64, 64, 128, 8, 2, true)},
+    {backward_tile(96, 64, 128, 8, 2, false), backward_tile(96, 64, 64, 8, 2, false),
+     backward_tile(96, 64, 64, 8, 2, true)},
+    {backward_tile(128, 64, 128, 8, 2, false), backward_tile(128, 64, 64, 8, 1, false),
+     backward_tile(128, 64, 64, 8, 1, true)},
+    {backward_tile(192, 64, 64, 8, 2, false), backward_tile(192, 32, 64, 8, 1, false),
+     backward_tile(192, 32, 64, 8, 1, true)},
+    {backward_tile(256, 64, 64, 8, 1, false), backward_tile(256, 32, 32, 4, 1, false),
+     backward_tile(256, 32, 32, 4, 1, true)},
+};
+constexpr AttentionTiles ampere_backward(int width) { return tiles_of(AMPERE_BACKWARD, width); }
+
 }  // namespace fastlm::cuda

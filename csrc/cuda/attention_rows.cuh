@@ -4,6 +4,19 @@
 
 namespace fastlm::cuda {
 
+/// threadIdx.x, as if it were another each time: addresses are computed of it where they are used. Left to itself the
+/// compiler computes all of them ahead of the loop that they are used in, and there are not registers enough for that.
+__device__ __forceinline__ int thread_here() {
+#ifdef FASTLM_EMULATED
+  return static_cast<int>(threadIdx.x);
+#else
+  int thread;
+  asm volatile("mov.u32 %0, %%tid.x;" : "=r"(thread));
+  __builtin_assume(thread >= 0 && thread < 1024);
+  return thread;
+#endif
+}
+
 /// What is copied from global to shared memory: LANES neighbouring threads take a row, each the same columns of all its
 /// rows, which lie at the same place of the swizzle. Rows of W numbers of 16 bits.
 template <class T, int W, int THREADS>
@@ -14,8 +27,8 @@ struct HeadRows {
   int64_t stride;  // of rows
   int rows, width;
 
-  static __device__ __forceinline__ int row() { return static_cast<int>(threadIdx.x) / LANES; }
-  static __device__ __forceinline__ int chunk() { return static_cast<int>(threadIdx.x) % LANES; }
+  static __device__ __forceinline__ int row() { return thread_here() / LANES; }
+  static __device__ __forceinline__ int chunk() { return thread_here() % LANES; }
   __device__ __forceinline__ HeadRows(const T* head, int64_t stride, int rows, int width)
       : from(head + (8 * chunk() < width ? 8 * chunk() : 0)), stride(stride), rows(rows), width(width) {}
 
@@ -55,7 +68,7 @@ struct Operand {
 
   /// `first`: the first m or n.
   __device__ __forceinline__ Operand(uint32_t tile, int first) {
-    const int lane = static_cast<int>(threadIdx.x) % 32;
+    const int lane = thread_here() % 32;
     at = tile + (TRANSPOSED ? 0 : first * BYTES);
     at += LEFT == TRANSPOSED ? swizzled<BYTES>(lane % 8 + lane / 16 * 8, lane / 8 % 2)
                              : swizzled<BYTES>(lane % 16, lane / 16);
@@ -63,11 +76,11 @@ struct Operand {
   }
   /// The 16 x 16 at m or n = 16 * block, k = 16 * step: a left operand of mma(), or two right ones.
   __device__ __forceinline__ void load(uint32_t (&r)[4], int block, int step) const {
-    const uint32_t row = at + 16 * BYTES * (TRANSPOSED ? step : block);
+    constexpr int ROW = 16 * BYTES;  // added last: it is part of the instruction then
     if constexpr (TRANSPOSED) {
-      load_matrices_transposed(r, along<BYTES>(row, chunk + 2 * block));
+      load_matrices_transposed(r, along<BYTES>(at, chunk + 2 * block) + ROW * step);
     } else {
-      load_matrices(r, along<BYTES>(row, 2 * step));
+      load_matrices(r, along<BYTES>(at, 2 * step) + ROW * block);
     }
   }
 };

@@ -1,0 +1,337 @@
+// attention, backward, by mma.sync: sm_80, and whatever has no path of its own.
+//
+// Floor: 5 products of M x N x W for each pair of tiles that see each other, 10 S T D operations a head (half of them
+// where causal), and q, k, v, dout, dq, dk, dv once over the memory bus; the tensor cores are the bound from a few
+// hundred rows on. Beside them shared memory is: a tile of 64 x 128 at 128 columns reads 576 KiB of operands and so
+// takes 4608 cycles of it and 5120 of the tensor cores of an A100. Hence the parts of warps are as square as can be.
+//
+// A block holds the keys and values of a tile in shared memory and their gradients in registers, and walks over the
+// query heads that share them and the tiles of queries that see them: s = q k^T, p = exp2(s * factor - shift), dp =
+// dout v^T, ds = p (dp - delta); p and ds go, rounded, through shared memory, because dv += p^T dout and dk += ds^T q
+// want them transposed and parts of other shape; dq = ds k is added to float32 sums in memory, which finish() rounds.
+// The next queries are copied meanwhile: all along where there is room for two tiles, else from where dk is done. No
+// other product is computed twice, as it would be with kernels for keys and for queries apart (7 products).
+//
+// Sums are added in turn, so that every run gives the same bits (place_keys(), turn_of()); that costs one barrier a
+// tile. Documents leave tiles out that positions do not: their turns are passed all the same, at the end.
+//
+// Registers (ptxas of CUDA 13.0, 255 is the limit; no spills on sm_80, sm_90, sm_120): 32 columns 142, 64: 255 (128 x
+// 128) and 186, 96: 235 and 151, 128: 251 and 168, 192: 210 and 193, 256: 253 and 235. Before: up to 332 bytes of
+// spills. What cost them, in this order: addresses of operands computed ahead of the loop (thread_here()), the block's
+// own numbers (they are in shared memory now), counters of head and tile (they are computed of the step), offsets of
+// rows added before the swizzle instead of behind it, where they are part of the instruction. Three loops, for edges
+// and the middle, are one with a branch: the masks are a small part here.
+//
+// None of this has run on a GPU: numbers are those of the emulation, registers those of the compiler.
+#include "cuda/attention_ampere.h"
+#include "cuda/attention_rows.cuh"
+
+namespace fastlm::cuda {
+
+constexpr int W = FASTLM_HEAD_DIM, BYTES = 2 * W;  // of a row of q, k, v and dout in shared memory
+
+/// How many of the warps share the rows of a product: so that a warp's part is as square as it can be, for it reads its
+/// rows and its columns of the operands.
+constexpr int warps_by_rows(int rows, int columns, int warps) {
+  int best = 0;
+  for (int r = warps; r > 0; r /= 2) {
+    if (rows % (16 * r) || columns % (16 * (warps / r))) continue;
+    if (!best || rows / r + columns / (warps / r) < rows / best + columns / (warps / best)) best = r;
+  }
+  return best;
+}
+/// A product of the block, R x C, and this warp's part of it.
+template <int R, int C, int WARPS>
+struct Part {
+  static constexpr int BY_ROWS = warps_by_rows(R, C, WARPS), BY_COLUMNS = WARPS / BY_ROWS;
+  static constexpr int ROWS = R / BY_ROWS, COLUMNS = C / BY_COLUMNS;  // of a warp
+  static constexpr int BLOCKS = ROWS / 16, NUMBERS = COLUMNS / 2;     // of a lane: NUMBERS in each of BLOCKS
+  static __device__ __forceinline__ int row() { return thread_here() / 32 / BY_COLUMNS * ROWS; }
+  static __device__ __forceinline__ int column() { return thread_here() / 32 % BY_COLUMNS * COLUMNS; }
+};
+
+/// Where a block stands.
+struct Standing {
+  Place place;
+  int first;  // of the keys
+  Extent e;
+  Range seen, r;  // the queries that see them: by positions alone, and by documents
+};
+
+template <class T, int VARIANT>
+struct AmpereBackward {
+  static constexpr AttentionTile TILE = ampere_backward(W).rows[VARIANT];
+  static constexpr int M = TILE.m, N = TILE.n, STAGES = TILE.stages, WARPS = TILE.warps, THREADS = 32 * WARPS;
+  static constexpr bool GENERAL = TILE.general;
+  static constexpr int PER_ROW = GENERAL ? 4 : 2;  // numbers: shift, delta, the low and the high half of dropout's hash
+  using Rows = HeadRows<T, W, THREADS>;
+  using Weights = Part<M, N, WARPS>;  // p, ds
+  using Keys = Part<N, W, WARPS>;     // dk, dv
+  using Queries = Part<M, W, WARPS>;  // dq
+  // Where what lies in shared memory.
+  static constexpr int K = 0, V = K + N * BYTES, Q = V + N * BYTES, DOUT = Q + STAGES * M * BYTES,
+                       P = DOUT + STAGES * M * BYTES, DS = P + 2 * M * N, ROWS = DS + 2 * M * N,
+                       STANDING = ROWS + 2 * PER_ROW * 4 * M;
+  static_assert(sizeof(Standing) <= BACKWARD_STANDING && STANDING + BACKWARD_STANDING == TILE.shared,
+                "what the launcher asks for");
+  static_assert(2 * M <= THREADS, "a thread for each number");
+
+  const AttentionArguments& a;
+  const Standing& at;
+  const Extent& e;
+  const Range& r;
+  float dk[Keys::BLOCKS][Keys::NUMBERS] = {}, dv[Keys::BLOCKS][Keys::NUMBERS] = {};
+
+  /// What the whole block is about is in shared memory: all registers there are go to sums.
+  __device__ __forceinline__ AmpereBackward(const AttentionArguments& a)
+      : a(a), at(*shared<Standing>(STANDING)), e(at.e), r(at.r) {
+    if (threadIdx.x == 0) {
+      const Place p = place_keys(a, atomicAdd(a.turns, 1));
+      Standing here{p, p.tile * N, extent(a, p.batch), {}, {}};
+      here.seen = here.r =
+          seen_range<N, M>(here.first, here.e.len_k, here.e.len_q, a.after, here.e.after, a.before, here.e.before);
+      if (GENERAL && a.documents_q)
+        here.r = narrowed<M>(here.seen, a.ranges + (static_cast<int64_t>(here.e.batch) * a.tiles + p.tile) * 4);
+      *shared<Standing>(STANDING) = here;
+    }
+    __syncthreads();
+  }
+
+  static __device__ __forceinline__ uint32_t memory() { return shared_address(shared<char>()); }
+  __device__ __forceinline__ int turn_at(int m) const { return turn_of<M, N>(a, e, at.place.tile, m / M); }
+  __device__ __forceinline__ int* turn(int head, int m) const {
+    return a.turns + 1 + sum_tile<M>(a, e, at.place.batch, head, m / M);
+  }
+
+  __device__ __forceinline__ void copy_keys() const {
+    const int64_t row = e.start_k + static_cast<int64_t>(at.first);
+    Rows(rows_of(static_cast<const T*>(a.k), a.k_at, e.batch, at.place.head, row), a.k_at.row, e.len_k - at.first, a.d)
+        .template copy<N, true>(memory() + K, 0);
+    Rows(rows_of(static_cast<const T*>(a.v), a.v_at, e.batch, at.place.head, row), a.v_at.row, e.len_k - at.first,
+         a.width_v)
+        .template copy<N, true>(memory() + V, 0);
+  }
+  /// To `stage` bytes behind the start of their room.
+  __device__ __forceinline__ void copy_queries(int step, uint32_t stage) const {
+    Rows(rows_of(static_cast<const T*>(a.q), a.q_at, e.batch, head(step), e.start_q), a.q_at.row, e.len_q, a.d)
+        .template copy<M, true>(memory() + Q + stage, m(step));
+    Rows(rows_of(static_cast<const T*>(a.dout), a.dout_at, e.batch, head(step), e.start_q), a.dout_at.row, e.len_q,
+         a.width_v)
+        .template copy<M, true>(memory() + DOUT + stage, m(step));
+    copy_commit();
+  }
+
+  /// What there is one number of for each query, on its way through a register: shift is inf, and so the weights are 0,
+  /// for queries behind the last.
+  __device__ __forceinline__ float load_number(int step) const {
+    const int t = thread_here(), i = m(step) + t % M;
+    if (t >= 2 * M || i >= e.len_q) return t < M ? INF : 0.f;
+    return (t < M ? a.shift : a.delta)[row_of(a, e, head(step)) + i];
+  }
+  __device__ __forceinline__ void store_number(float number, int step) const {
+    float* const rows = shared<float>(ROWS) + step % 2 * PER_ROW * M;
+    const int t = thread_here();
+    if (t < 2 * M) rows[t] = number;
+    if (GENERAL && a.threshold && t < M) {
+      const RowDropout dropout(*a.seed, row_of(a, e, head(step)) + m(step) + t, a.threshold, a.keep_factor);
+      rows[2 * M + t] = __uint_as_float(dropout.low);
+      rows[3 * M + t] = __uint_as_float(dropout.high);
+    }
+  }
+
+  /// From the products s = q k^T and dp = dout v^T to the weights and the gradients of the logits, rounded, in shared
+  /// memory.
+  __device__ __forceinline__ void weigh(float (&s)[Weights::BLOCKS][Weights::NUMBERS],
+                                        float (&dp)[Weights::BLOCKS][Weights::NUMBERS], int step) const {
+    const int m = this->m(step);
+    const bool edge = m < r.middle || m >= r.end || at.first + N > e.len_k;
+    const float* const rows = shared<float>(ROWS) + step % 2 * PER_ROW * M;
+    const int lane = thread_here() % 32, pair = 2 * (lane % 4), column = Weights::column() + pair;
+    FASTLM_UNROLL
+    for (int block = 0; block < Weights::BLOCKS; ++block) {
+      float (&x)[Weights::NUMBERS] = s[block];
+      float (&dx)[Weights::NUMBERS] = dp[block];
+      const int row = Weights::row() + 16 * block + lane / 4;
+      const float shift[2] = {rows[row], rows[row + 8]}, delta[2] = {rows[M + row], rows[M + row + 8]};
+      [[maybe_unused]] float steep[GENERAL ? Weights::NUMBERS : 1];
+      if constexpr (GENERAL)
+        General(a, e, head(step)).template logits<false, true>(x, steep, m + row, at.first + column);
+      if (edge) {
+        hide<false>(x, m + row, at.first + column, e, a.before, a.after);
+        FASTLM_UNROLL
+        for (int n = 0; n < Weights::NUMBERS; ++n) {
+          if (fragment_row(m + row, n) >= e.len_q) x[n] = -INF;  // whatever the keys are
+        }
+      }
+      FASTLM_UNROLL
+      for (int n = 0; n < Weights::NUMBERS; ++n) {
+        x[n] = exp2_fast((GENERAL ? x[n] : x[n] * a.factor) - shift[n >> 1 & 1]);
+      }
+      uint32_t kept = 0;  // a bit for each
+      if constexpr (GENERAL) {
+        static_assert(Weights::NUMBERS <= 32, "bits");
+        if (a.threshold) {
+          RowDropout dropout(0, 0, a.threshold, a.keep_factor);
+          FASTLM_UNROLL
+          for (int n = 0; n < Weights::NUMBERS; ++n) {
+            dropout.low = __float_as_uint(rows[2 * M + fragment_row(row, n)]);
+            dropout.high = __float_as_uint(rows[3 * M + fragment_row(row, n)]);
+            const bool dropped = dropout.dropped(fragment_column(at.first + column, n));
+            dx[n] = dropped ? 0.f : dx[n] * a.keep_factor;
+            if (!dropped) kept |= 1u << n;
+          }
+        } else {
+          kept = ~0u;
+        }
+      }
+      FASTLM_UNROLL
+      for (int n = 0; n < Weights::NUMBERS; ++n) {
+        dx[n] = x[n] * (dx[n] - delta[n >> 1 & 1]);
+        if constexpr (GENERAL) dx[n] *= steep[n];
+      }
+      if (GENERAL || edge) {
+        FASTLM_UNROLL
+        for (int n = 0; n < Weights::NUMBERS; ++n) {
+          if (x[n] == 0) dx[n] = 0;  // a value that is not finite, of a key that is not seen
+        }
+      }
+      if constexpr (GENERAL) {
+        FASTLM_UNROLL
+        for (int n = 0; n < Weights::NUMBERS; ++n) {
+          if (!(kept >> n & 1)) x[n] = 0;
+        }
+      }
+      FASTLM_UNROLL
+      for (int n = 0; n < Weights::NUMBERS; n += 2) {
+        const int place = swizzled<2 * N>(fragment_row(row, n), Weights::column() / 8 + n / 4) + 2 * pair;
+        store_shared(memory() + P + place, pack2<T>(x[n], x[n + 1]));
+        store_shared(memory() + DS + place, pack2<T>(dx[n], dx[n + 1]));
+      }
+    }
+  }
+
+  __device__ __forceinline__ void add_queries(const float (&dq)[Queries::BLOCKS][Queries::NUMBERS], int step) const {
+    const int lane = thread_here() % 32;
+    float* const sum = a.dq_sum + sum_tile<M>(a, e, at.place.batch, head(step), m(step) / M) * (M * W) +
+                       (Queries::row() + lane / 4) * W + Queries::column() + 2 * (lane % 4);
+    FASTLM_UNROLL
+    for (int block = 0; block < Queries::BLOCKS; ++block) {
+      FASTLM_UNROLL
+      for (int n = 0; n < Queries::NUMBERS; n += 2) {
+        add_global(sum + fragment_row(16 * block, n) * W + fragment_column(0, n), dq[block][n], dq[block][n + 1]);
+      }
+    }
+  }
+
+  // Step by step: over the group's heads, and in each over the tiles of queries.
+  __device__ __forceinline__ int group() const { return a.heads / a.kv_heads; }
+  __device__ __forceinline__ int tiles() const { return max_of(r.high - r.low + M - 1, 0) / M; }
+  __device__ __forceinline__ int head(int step) const { return at.place.head * group() + step / tiles(); }
+  __device__ __forceinline__ int m(int step) const { return r.low + step % tiles() * M; }
+
+  __device__ __forceinline__ void walk() {
+    const int steps = group() * tiles();
+    if (steps > 0) {
+      copy_keys();
+      copy_queries(0, 0);
+      store_number(load_number(0), 0);
+      for (int step = 0; step < steps; ++step) {
+        const uint32_t stage = STAGES == 2 ? step % 2 * M * BYTES : 0, q = memory() + Q + stage;
+        const uint32_t dout = memory() + DOUT + stage;
+        const bool more = step + 1 < steps;
+        copy_wait<0>();
+        __syncthreads();
+        if (step > 0) pass(step - 1);
+        if (STAGES == 2 && more) copy_queries(step + 1, M * BYTES - stage);
+        {
+          float s[Weights::BLOCKS][Weights::NUMBERS] = {}, dp[Weights::BLOCKS][Weights::NUMBERS] = {};
+          multiply_tile<T, W / 16>(s, Operand<BYTES, true, false>(q, Weights::row()),
+                                   Operand<BYTES, false, false>(memory() + K, Weights::column()));
+          multiply_tile<T, W / 16>(dp, Operand<BYTES, true, false>(dout, Weights::row()),
+                                   Operand<BYTES, false, false>(memory() + V, Weights::column()));
+          weigh(s, dp, step);
+        }
+        const float number = more ? load_number(step + 1) : 0;
+        __syncthreads();
+        multiply_tile<T, M / 16>(dv, Operand<2 * N, true, true>(memory() + P, Keys::row()),
+                                 Operand<BYTES, false, true>(dout, Keys::column()));
+        multiply_tile<T, M / 16>(dk, Operand<2 * N, true, true>(memory() + DS, Keys::row()),
+                                 Operand<BYTES, false, true>(q, Keys::column()));
+        if (more) store_number(number, step + 1);
+        if constexpr (STAGES == 1) {
+          __syncthreads();
+          if (more) copy_queries(step + 1, 0);
+        }
+        float dq[Queries::BLOCKS][Queries::NUMBERS] = {};
+        multiply_tile<T, N / 16>(dq, Operand<2 * N, true, false>(memory() + DS, Queries::row()),
+                                 Operand<BYTES, false, true>(memory() + K, Queries::column()));
+        if (a.ordered) {
+          if (thread_here() == 0) await_turn(turn(head(step), m(step)), turn_at(m(step)));
+          __syncthreads();
+        }
+        add_queries(dq, step);
+      }
+      __syncthreads();
+      pass(steps - 1);
+    }
+    if (GENERAL && a.documents_q && a.ordered) skip();
+  }
+  /// The turn at a tile of queries to which all of this block have added, a barrier ago.
+  __device__ __forceinline__ void pass(int step) const {
+    if (a.ordered && thread_here() == 0) pass_turn(turn(head(step), m(step)), turn_at(m(step)) + 1);
+  }
+  /// Turns at tiles of queries to which documents leave nothing to add.
+  __device__ __forceinline__ void skip() const {
+    const int end = r.low + tiles() * M;
+    for (int member = 0; member < group(); ++member) {
+      const int head = at.place.head * group() + member;
+      for (int m = at.seen.low + M * static_cast<int>(threadIdx.x); m < at.seen.high; m += M * THREADS) {
+        if (m >= r.low && m < end) continue;
+        await_turn(turn(head, m), turn_at(m));
+        pass_turn(turn(head, m), turn_at(m) + 1);
+      }
+    }
+  }
+
+  /// Sums, rounded, through shared memory to the rows of `to`: nobody reads that memory any more.
+  __device__ __forceinline__ void store(T* to, const Layout& layout, int width, uint32_t room, float factor,
+                                        const float (&sums)[Keys::BLOCKS][Keys::NUMBERS]) const {
+    FASTLM_UNROLL
+    for (int block = 0; block < Keys::BLOCKS; ++block) {
+      FASTLM_UNROLL
+      for (int n = 0; n < Keys::NUMBERS; n += 2) {
+        const int row = Keys::row() + 16 * block + fragment_row(lane_row(), n);
+        store_shared(room + swizzled<BYTES>(row, Keys::column() / 8 + n / 4) + 2 * lane_column(),
+                     pack2<T>(sums[block][n] * factor, sums[block][n + 1] * factor));
+      }
+    }
+    __syncthreads();
+    T* const rows = rows_of(to, layout, e.batch, at.place.head, e.start_k + static_cast<int64_t>(at.first));
+    for (int c = static_cast<int>(threadIdx.x); c < N * W / 8; c += THREADS) {
+      const int row = c / (W / 8), chunk = c % (W / 8);
+      if (at.first + row < e.len_k && 8 * chunk < width)
+        store_words_global(rows + row * layout.row + 8 * chunk, load_shared(room + swizzled<BYTES>(row, chunk)));
+    }
+  }
+};
+
+template <class T, int VARIANT>
+__device__ __forceinline__ void attention_ampere_backward(const AttentionArguments& a) {
+  using Kernel = AmpereBackward<T, VARIANT>;
+  Kernel kernel(a);
+  if (kernel.at.first >= kernel.e.len_k) return;
+  kernel.walk();
+  kernel.store(static_cast<T*>(a.dk), a.dk_at, a.d, Kernel::memory() + Kernel::K, a.scale, kernel.dk);
+  kernel.store(static_cast<T*>(a.dv), a.dv_at, a.width_v, Kernel::memory() + Kernel::V, a.keep_factor, kernel.dv);
+}
+
+#define FASTLM_BACKWARD(variant)                                                                                       \
+  FASTLM_KERNEL(attention_ampere_backward, variant, (AmpereBackward<Scalar, variant>::THREADS), 1, AttentionArguments, \
+                attention_ampere_backward<Scalar, variant>)
+FASTLM_BACKWARD(0)
+FASTLM_BACKWARD(1)
+#if FASTLM_HEAD_DIM != 32
+FASTLM_BACKWARD(2)
+#endif
+
+}  // namespace fastlm::cuda
