@@ -77,9 +77,12 @@ extern "C" __attribute__((visibility("default"))) const char* probe_tiles(const 
 
 /// Notes what the kernels ask for, from here on or no longer.
 extern "C" __attribute__((visibility("default"))) void probe_trace(bool on) { trace(on); }
-/// What the last block did.
+/// What they asked for, a line each: block, thread, what, a, b, c.
 extern "C" __attribute__((visibility("default"))) const char* probe_traced() {
   static std::string text;
-  text = traces().empty() ? "" : traces().back();
+  text.clear();
+  for (const auto& [block, thread, what, a, b, c] : traces())
+    text += std::to_string(block) + " " + std::to_string(thread) + " " + what + " " + std::to_string(a) + " " +
+            std::to_string(b) + " " + std::to_string(c) + "\n";
   return text.c_str();
 }

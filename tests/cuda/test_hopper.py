@@ -127,27 +127,33 @@ def test_a_trace() -> None:
     library.probe_traced.restype = ctypes.c_char_p
     library.probe_trace(True)
     pipeline("forward", 3)
-    head, *lines = library.probe_traced().decode().splitlines()
+    launch, *lines = library.probe_traced().decode().splitlines()
     library.probe_trace(False)
-    assert head == "block 0 0 384"
-    events: dict[int, list[list[str]]] = {}
+    assert launch == f"-1 -1 launch 1 384 {96 << 10}"
+    done: dict[int, list[str]] = {}
+    given: dict[tuple[int, str], list[tuple[int, ...]]] = {}
     for line in lines:
-        thread, *event = line.split()
-        events.setdefault(int(thread), []).append(event)
-    assert list(events) == list(range(384))
-    producer = [event[0] for event in events[0]]
-    assert producer == ["init"] * 4 + ["init_done", "syncthreads", "registers"] + ["wait", "expect", "load", "load"] * 3
-    assert [event[0] for event in events[1]] == ["syncthreads", "registers"]
-    loads = [event[1:] for event in events[0] if event[0] == "load"]
-    ranges = [tuple(map(int, where.split("-"))) for _, _, where in loads]
-    assert all(high - low == 8192 == int(size) for (low, high), (_, size, _) in zip(ranges, loads, strict=True))
-    assert ranges[0] == ranges[4] and ranges[1] == ranges[5] and len(set(ranges)) == 4
-    step = ["wait", "warpgroup_fence", *["multiply"] * 4, "warpgroup_commit", "warpgroup_wait"]
-    end = ["write", "fence_async", "named_sync"]
-    assert [event[0] for event in events[255]] == ["syncthreads", "registers", *step * 3, *end]
+        block, thread, what, *numbers = line.split()
+        assert block == "0"
+        done.setdefault(int(thread), []).append(what)
+        given.setdefault((int(thread), what), []).append(tuple(map(int, numbers)))
+    assert sorted(done) == list(range(384))
+    start = ["named_sync", "registers"]
+    assert done[0] == ["init"] * 4 + ["init_done", *start] + ["wait", "expect", "load", "load"] * 3
+    assert done[1] == start
+    assert given[1, "named_sync"] == [(0, 384, 0)] and given[1, "registers"] == [(24, 0, 0)]
+    loads = given[0, "load"]
+    assert loads[:2] == loads[4:] and len({to for to, _, _ in loads}) == 4
+    assert all(size == 8192 for _, size, _ in loads)
+    full, empty = ([given[0, "init"][i][0] for i in (k, k + 2)] for k in (0, 1))
+    assert [barrier for _, _, barrier in loads] == [full[0]] * 2 + [full[1]] * 2 + [full[0]] * 2
+    assert given[0, "wait"] == [(empty[0], 1, 0), (empty[1], 1, 0), (empty[0], 0, 0)]
+    assert given[128, "arrive"] == [(empty[0], 0, 0), (empty[1], 0, 0), (empty[0], 0, 0)]
+    step = ["wait", "warpgroup_fence", "warpgroup_commit", "warpgroup_wait"]
+    end = ["write"] * 12 + ["fence_async", "named_sync"]
+    assert done[255] == [*start, *step * 3, *end]
+    step[2:2] = ["multiply"] * 8  # each of the four reads A and B
     store = ["store", "bulk_commit", "store", "bulk_commit", "bulk_wait_read", "bulk_wait"]
-    assert [e[0] for e in events[128]] == ["syncthreads", "registers", *[*step, "arrive"] * 3, *end, *store]
-    multiply = next(event for event in events[160] if event[0] == "multiply")  # the second warp: 16 rows of A, 64 of B
-    reads = [tuple(map(int, where.split("-"))) for where in multiply[3:]]
-    assert sum(high - low for low, high in reads) == (16 + 64) * 32
-    assert all(any(low <= r[0] and r[1] <= high for low, high in ranges[:2]) for r in reads)
+    assert done[128] == [*start, *[*step, "arrive"] * 3, *end, *store]
+    (a, _, _), (b, _, _) = loads[:2]
+    assert given[160, "multiply"][:8] == [(a + 16 * 128, 16 * 128, 0), (b, 64 * 128, 0)] * 4  # of the second warp

@@ -135,16 +135,14 @@ void expect_nothing_written(const char* at) {
 void issue(Load load) {
   barrier_at(load.rank, load.barrier);
   std::memset(shared_of(load.rank, load.to, load.bytes, 16), 0xff, load.bytes);
-  note("load", load.barrier, load.bytes);
-  range(load.to, load.bytes);
+  note("load", load.to, load.bytes, load.barrier);
   loads.push_back(load);
 }
 void issue(Store store) {
   check_fenced(store.from, store.bytes, store.tensor ? "a tile_store" : "a bulk_add");
   const char* from = shared_of(current->rank, store.from, store.bytes, 16);
   store.seen.assign(from, from + store.bytes);
-  note("store", 0, store.bytes);
-  range(store.from, store.bytes);
+  note("store", store.from, store.bytes);
   me().stores.push_back(std::move(store));
 }
 void read(Store& s) {
@@ -244,8 +242,7 @@ void set_registers(int count, bool up) {
 // --- copies ----------------------------------------------------------------------------------------------------------
 
 void touch(uint32_t address, unsigned bytes, Access access) {
-  note(access == Access::read ? "read" : access == Access::write ? "write" : "copy");
-  range(address, bytes);
+  note(access == Access::read ? "read" : access == Access::write ? "write" : "copy", address, bytes);
   if (access == Access::read) return;
   const uint32_t first = (address - SHARED_BASE) / 16, last = (address - SHARED_BASE + bytes - 1) / 16;
   for (uint32_t g = first; g <= last; ++g) {
@@ -342,7 +339,6 @@ void begin_cluster(unsigned count, unsigned threads_each) {
   loads.clear();
   unwritten.clear();
   registers_set = false;
-  begin_trace(threads.size());
   watching = tracing;
   begin_products(threads.size());
 }
@@ -359,7 +355,6 @@ void end_thread() {
 void end_cluster(const std::vector<Fiber>& fibers) {
   if (!loads.empty()) fail("a block ends while copies to its shared memory are under way");
   for (const Store& s : unwritten) write(s);
-  end_trace(fibers);
   if (!registers_set) return;
   for (size_t first = 0; first < fibers.size(); first += block_size.x) {
     int64_t sum = 0;

@@ -74,12 +74,14 @@ size_t copies_under_way();
 void land(size_t which);
 std::string who_waits(const std::vector<Fiber>& fibers);
 
-// The trace. note() begins an event of this thread, range() gives it bytes.
-extern bool tracing;
+struct Noted {
+  int64_t block;
+  int thread;
+  const char* what;
+  int64_t a, b, c;
+};
 void trace(bool on);
-const std::vector<std::string>& traces();
-void range(uint32_t address, unsigned bytes);
-void begin_trace(size_t threads);
-void end_trace(const std::vector<Fiber>& fibers);
+const std::vector<Noted>& traces();
+void begin_trace(int64_t blocks, int64_t threads, int64_t shared);
 
 }  // namespace simt

@@ -197,7 +197,7 @@ char* Scheduler::stacks_ = nullptr;
 }  // namespace
 
 void wait(State barrier, int site) {
-  if (barrier == State::at_block) note("syncthreads");
+  if (barrier == State::at_block) note("named_sync", 0, block_size.x);
   current->state = barrier;
   current->site = site;
   fastlm_switch(&current->stack_pointer, scheduler);
@@ -256,7 +256,11 @@ void tail(int64_t blocks) { only_last = blocks; }
 
 void trace(bool on) { simt::trace(on); }
 
-std::vector<std::string> traces() { return simt::traces(); }
+std::vector<Traced> traces() {
+  std::vector<Traced> all;
+  for (const simt::Noted& n : simt::traces()) all.emplace_back(n.block, n.thread, n.what, n.a, n.b, n.c);
+  return all;
+}
 
 TensorMap tensor_map(DType dtype, const void* base, const std::array<int64_t, 5>& sizes,
                      const std::array<int64_t, 4>& strides, const std::array<int, 5>& box, int swizzle) {
@@ -307,6 +311,7 @@ void Kernel::start(DType dtype, int variant, const Grid& grid, const void* argum
   simt::grid_size = {static_cast<unsigned>(grid.x), static_cast<unsigned>(grid.y), 1};
   simt::block_size = {static_cast<unsigned>(grid.threads), 1, 1};
   simt::cluster_blocks = static_cast<unsigned>(grid.cluster);
+  simt::begin_trace(grid.x * grid.y, grid.threads, grid.shared);
   simt::Scheduler scheduler(grid, order);
   const unsigned clusters = simt::grid_size.x / grid.cluster, blocks = clusters * simt::grid_size.y;
   try {

@@ -23,20 +23,22 @@ std::vector<Recorded> records();
 /// Of each launch only the last so many blocks run, 0 for all: the end of tensors that no memory holds.
 void tail(int64_t blocks);
 
-/// While on, what threads ask of barriers, copies and products is noted; traces() has a text for each block that ran:
-///   block X Y THREADS
-///   THREAD KIND A B FROM-TO FROM-TO ...     in the order of threads, then of what a thread did
-/// Addresses and FROM-TO are of shared memory; what has no A or B has 0.
+/// block (x + grid x * y), thread, what, a, b, c: what a thread asks of barriers, copies and products, at that moment.
+/// Addresses are of shared memory, as shared_address() gives them; what is not named is 0.
+///   launch BLOCKS THREADS SHARED (block and thread -1)
 ///   init BARRIER ARRIVALS, init_done, arrive BARRIER, expect BARRIER BYTES, wait BARRIER PARITY
-///   named_sync NUMBER THREADS, named_arrive NUMBER THREADS, syncthreads, registers COUNT (1: up)
-///   load BARRIER BYTES written: tile_load and bulk_load
-///   store 0 BYTES read: tile_store and bulk_add; bulk_commit, bulk_wait_read PENDING, bulk_wait PENDING
-///   multiply N ADD read (of a warp's first lane: its rows of A, and B), warpgroup_fence, warpgroup_commit,
-///   warpgroup_wait PENDING, fence_async
-///   read 0 0 read, write 0 0 written, copy 0 0 written (copy_async; copy_commit, copy_wait PENDING): as many as follow
-///   each other, of what takes an address in shared memory; accesses through pointers are not known
+///   named_sync NUMBER THREADS (0: __syncthreads), named_arrive NUMBER THREADS, registers COUNT (1: up)
+///   load TO BYTES BARRIER (tile_load, bulk_load), store FROM BYTES (tile_store, bulk_add),
+///   bulk_commit, bulk_wait_read PENDING, bulk_wait PENDING
+///   multiply FROM BYTES: whole rows, by each warp's first lane, its rows of A and all of B, an event for each stretch
+///   warpgroup_fence, warpgroup_commit, warpgroup_wait PENDING, fence_async
+///   read FROM BYTES, write TO BYTES, copy TO BYTES (copy_async), copy_commit, copy_wait PENDING: of what takes an
+///   address in shared memory; accesses through pointers are not known await_turn POINTER MINE, pass_turn POINTER NEXT,
+///   count POINTER BEFORE (atomicAdd of an int)
+using Traced = std::tuple<int64_t, int, std::string, int64_t, int64_t, int64_t>;
+/// While on, all of that is noted, in the order in which the emulation did it; forgets what was.
 void trace(bool on);
-std::vector<std::string> traces();
+std::vector<Traced> traces();
 
 /// Every kernel there is, as "op/dtype/kernel_variant".
 std::vector<std::string> instances();

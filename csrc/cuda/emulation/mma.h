@@ -116,10 +116,12 @@ inline void add_global(float* at, float v0, float v1) {
 
 /// Blocks run one after the other: a turn that is not there yet is one that no block before has given.
 inline void await_turn(const int* turn, int mine) {
+  simt::note("await_turn", reinterpret_cast<intptr_t>(turn), mine);
   if (*turn != mine)
     simt::fail("a turn that no started block will give: " + std::to_string(mine) + ", now " + std::to_string(*turn));
 }
 inline void pass_turn(int* turn, int next) {
+  simt::note("pass_turn", reinterpret_cast<intptr_t>(turn), next);
   simt::check_written();
   *turn = next;
 }

@@ -40,6 +40,12 @@ bool under_way(const float* d, size_t n) {
   return std::all_of(bytes, bytes + 4 * n, [](unsigned char c) { return c == UNDER_WAY; });
 }
 
+/// Bytes of a panel's rows.
+int width_of(uint64_t descriptor) {
+  const int mode = static_cast<int>(descriptor >> 62);
+  return mode == 1 ? 128 : mode == 2 ? 64 : 32;
+}
+
 /// An operand in shared memory: 9.7.15.5.1. f(address, which number of those along its 16, which of the others) of
 /// every 16 bytes; along: the eight are of the sum, across: the eight are the others.
 template <class F>
@@ -47,8 +53,8 @@ void each_chunk(uint64_t descriptor, bool across, int first, int count, F f) {
   const uint32_t start = static_cast<uint32_t>(descriptor & 0x3fff) << 4;
   const uint32_t leading = static_cast<uint32_t>(descriptor >> 16 & 0x3fff) << 4;
   const uint32_t stride = static_cast<uint32_t>(descriptor >> 32 & 0x3fff) << 4;
-  const int mode = static_cast<int>(descriptor >> 62), width = mode == 1 ? 128 : mode == 2 ? 64 : 32;
-  if (mode == 0) fail("a product of an operand without a swizzle");
+  const int width = width_of(descriptor);
+  if (descriptor >> 62 == 0) fail("a product of an operand without a swizzle");
   if (descriptor >> 46 & 0xffff) fail("a descriptor with bits that nobody has set");
   if (start % (8 * width) >= static_cast<uint32_t>(width) || (across && start % (8 * width)))
     fail("an operand that does not start at a multiple of " + std::to_string(8 * width) + " bytes");
@@ -64,16 +70,26 @@ void each_chunk(uint64_t descriptor, bool across, int first, int count, F f) {
   }
 }
 
+/// For the trace: the rows of an operand, neighbours as one.
+void note_rows(uint64_t descriptor, bool across, int first, int count) {
+  const uint32_t width = static_cast<uint32_t>(width_of(descriptor));
+  std::vector<uint32_t> rows;
+  each_chunk(descriptor, across, first, count, [&](uint32_t at, int, int) { rows.push_back(at / width * width); });
+  std::sort(rows.begin(), rows.end());
+  rows.erase(std::unique(rows.begin(), rows.end()), rows.end());
+  for (size_t begin = 0, end = 1; begin < rows.size(); begin = end++) {
+    while (end < rows.size() && rows[end] == rows[end - 1] + width) ++end;
+    note("multiply", rows[begin], static_cast<int64_t>(end - begin) * width);
+  }
+}
+
 /// Appends count x 16 numbers to `to`.
 void gather(std::vector<uint16_t>& to, uint64_t descriptor, bool across, int first, int count, bool asked) {
   const size_t begin = to.size();
   to.resize(begin + static_cast<size_t>(count) * K);
   each_chunk(descriptor, across, first, count, [&](uint32_t address, int k, int n) {
     const char* from = shared_of(current->rank, address, 16, 16);
-    if (asked) {
-      check_fenced(address, 16, "a product");
-      range(address, 16);
-    }
+    if (asked) check_fenced(address, 16, "a product");
     uint16_t numbers[8];
     std::memcpy(numbers, from, 16);
     uint16_t* row = to.data() + begin + static_cast<size_t>(n - first) * K + k;
@@ -176,7 +192,6 @@ void multiply(const Product& p, float* d, const uint32_t* a) {
   Thread& t = me();
   if (block_size.x % 128) fail("products of a warp group in a block that is not whole groups");
   if (!t.fenced) fail("a product without warpgroup_fence() since the last warpgroup_wait()");
-  note("multiply", p.n, p.add);
   const size_t n = static_cast<size_t>(p.n) / 2;
   auto sums = std::find_if(t.sums.begin(), t.sums.end(), [&](const Sums& s) { return s.d == d; });
   if (sums == t.sums.end()) {
@@ -189,7 +204,12 @@ void multiply(const Product& p, float* d, const uint32_t* a) {
   ++sums->products;
   Asked asked{p, d, {}, 0, {}};
   if (a) std::copy(a, a + 4, asked.a);
-  if (current->lane == 0) asked.seen = operands(p, static_cast<int>(current->warp % 4), true);
+  if (current->lane == 0) {
+    const int warp = static_cast<int>(current->warp % 4);
+    asked.seen = operands(p, warp, true);
+    if (tracing && !p.mixed) note_rows(p.a, p.a_across, 16 * warp, 16);
+    if (tracing) note_rows(p.b, p.b_across, 0, p.n);
+  }
   t.asked.push_back(std::move(asked));
 }
 void warpgroup_fence() {

@@ -10,14 +10,15 @@
 //
 // What sm_90a does beside its threads (copies of tiles, products of warp groups, barriers in memory) is async.h's.
 //
-// Not emulated: the memory model (a fence too few is not noticed, but fence_async()), timing, parallelism of blocks that
-// are not of one cluster.
+// Not emulated: the memory model (a fence too few is not noticed, but fence_async()), timing, parallelism of blocks
+// that are not of one cluster.
 #pragma once
 #include <cmath>
 #include <cstdint>
 #include <cstdlib>
 #include <cstring>
 #include <string>
+#include <type_traits>
 #include <vector>
 
 namespace simt {
@@ -52,6 +53,13 @@ inline uint64_t exchange[MAX_WARPS][2][32];
 void wait(State barrier, int site);
 /// Ends the launch with an error, from inside a kernel: does not return, though AddressSanitizer is not told so.
 void fail(const std::string& message);
+
+/// An event of the trace (emulator.h), where one is wanted.
+inline bool tracing = false;
+void note_now(const char* what, int64_t a, int64_t b, int64_t c);
+inline void note(const char* what, int64_t a = 0, int64_t b = 0, int64_t c = 0) {
+  if (tracing) note_now(what, a, b, c);
+}
 
 /// Every lane of the warp gives a value and may read those of all others.
 template <class T>
@@ -104,8 +112,6 @@ enum class Access { read, write, copy };  // copy: to shared memory, until copy_
 /// Whether accesses of shared memory are told to touch().
 inline bool watching = false;
 void touch(uint32_t address, unsigned bytes, Access access);
-/// A line of the trace (emulator.h).
-void note(const char* kind, int64_t a = 0, int64_t b = 0);
 /// Fails where a thread of the cluster has stores or additions under way.
 void check_written();
 
@@ -217,6 +223,7 @@ inline int __syncthreads_or(int predicate) {  // through the cluster's first lan
 template <class T>
 T atomicAdd(T* at, T value) {
   const T before = *at;
+  if constexpr (std::is_same<T, int>::value) simt::note("count", reinterpret_cast<intptr_t>(at), before);
   *at = static_cast<T>(before + value);
   return before;
 }
