@@ -19,7 +19,7 @@ conflict is a property of a state: somebody begins where another has not ended.
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -129,16 +129,27 @@ class Role:
                 return i + 1
         return 0
 
+    def check_wait(self, i: int) -> None:
+        """Warps that do not take part in a wait meet those that do before they touch anything."""
+        others = frozenset().union(*(e.warps for e in self.events)) - self.events[i].warps
+        for event in self.events[i + 1 :]:
+            if event.what == "named_wait" and event.warps & self.events[i].warps:
+                others -= event.warps
+            if event.ranges and event.warps & others:
+                raise Fault(f"{self.name}: {event} by warps that have not waited: {self.events[i]}")
+
     def ordered(self, i: int, j: int) -> bool:
         """Whether access i of this role has ended when its access j begins."""
         start, first, second = self.ended(i, self.events[j].what), self.events[i], self.events[j]
         if start is None or start > j:
             return False
-        if first.warps & second.warps or "multiply" in (first.what, second.what):
+        between = self.events[start:j]
+        if "multiply" in (first.what, second.what):
             return True
-        return any(
-            e.what == "named_wait" and e.warps & first.warps and e.warps & second.warps for e in self.events[start:j]
-        )
+        if first.warps & second.warps and first.threads == second.threads:
+            return True
+        meet = {"named_wait", "syncwarp"} if first.warps & second.warps else {"named_wait"}
+        return any(e.what in meet and e.warps & first.warps and e.warps & second.warps for e in between)
 
 
 class Barrier(NamedTuple):
@@ -384,6 +395,109 @@ def overlap(one: Sequence[Range], other: Sequence[Range]) -> bool:
     return any(a < d and c < b for a, b in one for c, d in other)
 
 
+# --- what a kernel did -----------------------------------------------------------------------------------------------
+
+ALONE = frozenset({"read", "write", "copy", "load", "store", "fence_async", "copy_commit", "copy_wait", "bulk_commit",
+                   "bulk_wait_read", "bulk_wait", "syncwarp"})  # fmt: skip
+"""What a warp does by itself. The rest the warps of a role do together, as far as they do it."""
+SILENT = frozenset({"init", "init_done", "registers", "warpgroup_fence", "await_turn", "pass_turn", "count"})
+RUNS = frozenset({"read", "write", "copy", "multiply"})
+"""One after the other they are one, with all that they read or write; like these, others have a range for a and b."""
+Traced = tuple[int, int, str, int, int, int]
+"""block, thread, what, a, b, c: csrc/cuda/emulation/emulator.h."""
+
+
+def blocks(traces: Iterable[Traced]) -> Iterator[list[Traced]]:
+    """Of each block of each launch, what its threads did, behind the line of the launch."""
+    found: dict[int, list[Traced]] = {}
+    launch = None
+    for line in traces:
+        if line[2] == "launch":
+            yield from found.values()
+            launch, found = line, {}
+        else:
+            assert launch is not None
+            found.setdefault(line[0], [launch]).append(line)
+    yield from found.values()
+
+
+def programs(block: Sequence[Traced]) -> tuple[dict[str, list[Event]], dict[int, int]]:
+    """Its roles, and the arrivals that its barriers count."""
+    threads: dict[int, list[Event]] = {thread: [] for thread in range(block[0][4])}
+    counts = {a: b for _, _, what, a, b, _ in block if what == "init"}
+    for _, thread, what, a, b, c in block[1:]:
+        if what in SILENT:
+            continue
+        mine, event = threads[thread], Event(what, a, b, c, warps=frozenset({thread // 32}))
+        if what in RUNS | {"store", "load"}:
+            event = event._replace(a=0, ranges=((a, a + b),))
+        if mine and what == mine[-1].what in RUNS:
+            mine[-1] = mine[-1]._replace(ranges=(*mine[-1].ranges, *event.ranges))
+        else:
+            mine.append(event._replace(b=0) if what in RUNS else event)
+    multiplying = {t // 128 for t, events in threads.items() if any(e.what == "multiply" for e in events)}
+    members: dict[str, list[int]] = {}
+    for t in threads:
+        name = "block" if not multiplying else f"group {t // 128}" if t // 128 in multiplying else f"warp {t // 32}"
+        members.setdefault(name, []).append(t)
+    roles: dict[str, list[Event]] = {}
+    idle: dict[tuple[Event, ...], str] = {}
+    for name, group in members.items():
+        events = merged({t: threads[t] for t in group})
+        steps = tuple(e._replace(warps=frozenset({0})) for e in events)
+        if steps in idle and all(e.what.startswith("named") for e in events):  # warps that only come to the barriers
+            same = idle[steps]
+            roles[same] = [
+                e._replace(threads=e.threads + f.threads, warps=e.warps | f.warps)
+                for e, f in zip(roles[same], events, strict=True)
+            ]
+        else:
+            roles[name] = events
+            idle[steps] = name
+    return roles, counts
+
+
+def merged(threads: Mapping[int, Sequence[Event]]) -> list[Event]:
+    """The steps of threads that act alike as one list: each thread's in its order, those of fewer threads first, so
+    that what one does alone stands in front of where it meets the others again."""
+    left = {t: deque(events) for t, events in threads.items()}
+    found: list[Event] = []
+
+    def take(chosen: Sequence[int]) -> None:
+        taken = [left[t].popleft() for t in chosen]
+        ranges = sorted({r for e in taken for r in e.ranges})
+        warps = frozenset().union(*(e.warps for e in taken))
+        b = sum(e.b for e in taken) if taken[0].what == "load" else taken[0].b
+        found.append(taken[0]._replace(b=b, threads=len(taken), warps=warps, ranges=joined(ranges)))
+
+    def key(event: Event) -> tuple[object, ...]:
+        return event.what, event.a, event.b, event.c, *(event.warps if event.what in ALONE else ())
+
+    while True:
+        heads: dict[tuple[object, ...], list[int]] = {}
+        for t, events in left.items():
+            if events:
+                heads.setdefault(key(events[0]), []).append(t)
+        if not heads:
+            return found
+        ready = {k: chosen for k, chosen in heads.items() if k[0] != "syncwarp" or len(chosen) == 32}
+        alone = [chosen for k, chosen in ready.items() if k[0] in ALONE]
+        take(alone[0] if alone else min(ready.values(), key=len))
+
+
+def joined(ranges: Sequence[Range]) -> tuple[Range, ...]:
+    found: list[Range] = []
+    for low, high in ranges:
+        if found and low <= found[-1][1]:
+            found[-1] = found[-1][0], max(found[-1][1], high)
+        else:
+            found.append((low, high))
+    return tuple(found)
+
+
+# --- the check -------------------------------------------------------------------------------------------------------
+
+
 def check(roles: Mapping[str, list[Event]], counts: Mapping[int, int], most: int = 1_000_000) -> int:
     """Raises Fault, or gives the number of states. counts: arrivals of each mbarrier's phase, by its address."""
     model = Model([Role(name, list(events)) for name, events in roles.items()], counts)
@@ -391,5 +505,7 @@ def check(roles: Mapping[str, list[Event]], counts: Mapping[int, int], most: int
         for i, event in enumerate(role.events):
             if event.what in GROUPS and role.covered(i) is None:
                 raise Fault(f"{role.name}: {event}: nobody waits for its end")
+            if event.what == "wait":
+                role.check_wait(i)
     model.first_run()
     return model.explore(most)

@@ -198,6 +198,7 @@ char* Scheduler::stacks_ = nullptr;
 
 void wait(State barrier, int site) {
   if (barrier == State::at_block) note("named_sync", 0, block_size.x);
+  if (barrier == State::at_warp && site == SYNCWARP) note("syncwarp");
   current->state = barrier;
   current->site = site;
   fastlm_switch(&current->stack_pointer, scheduler);

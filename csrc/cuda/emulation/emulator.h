@@ -27,14 +27,15 @@ void tail(int64_t blocks);
 /// Addresses are of shared memory, as shared_address() gives them; what is not named is 0.
 ///   launch BLOCKS THREADS SHARED (block and thread -1)
 ///   init BARRIER ARRIVALS, init_done, arrive BARRIER, expect BARRIER BYTES, wait BARRIER PARITY
-///   named_sync NUMBER THREADS (0: __syncthreads), named_arrive NUMBER THREADS, registers COUNT (1: up)
+///   named_sync NUMBER THREADS (0: __syncthreads), named_arrive NUMBER THREADS, syncwarp,
+///   registers COUNT (1: up)
 ///   load TO BYTES BARRIER (tile_load, bulk_load), store FROM BYTES (tile_store, bulk_add),
 ///   bulk_commit, bulk_wait_read PENDING, bulk_wait PENDING
 ///   multiply FROM BYTES: whole rows, by each warp's first lane, its rows of A and all of B, an event for each stretch
 ///   warpgroup_fence, warpgroup_commit, warpgroup_wait PENDING, fence_async
 ///   read FROM BYTES, write TO BYTES, copy TO BYTES (copy_async), copy_commit, copy_wait PENDING: of what takes an
-///   address in shared memory; accesses through pointers are not known await_turn POINTER MINE, pass_turn POINTER NEXT,
-///   count POINTER BEFORE (atomicAdd of an int)
+///   address in shared memory; accesses through pointers are not known
+///   await_turn POINTER MINE, pass_turn POINTER NEXT, count POINTER BEFORE (atomicAdd of an int)
 using Traced = std::tuple<int64_t, int, std::string, int64_t, int64_t, int64_t>;
 /// While on, all of that is noted, in the order in which the emulation did it; forgets what was.
 void trace(bool on);

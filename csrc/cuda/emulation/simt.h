@@ -49,6 +49,7 @@ inline size_t shared_bytes = 0;       // of a block
 constexpr unsigned MAX_WARPS = 32 * 16;
 inline uint64_t exchange[MAX_WARPS][2][32];
 
+constexpr int SYNCWARP = 3;  // site of __syncwarp()
 /// Waits until the scheduler finds that the barrier is complete.
 void wait(State barrier, int site);
 /// Ends the launch with an error, from inside a kernel: does not return, though AddressSanitizer is not told so.
@@ -182,7 +183,7 @@ int add(const char* op, int dtype, const char* name, Instance instance);
 inline void __syncthreads() { simt::wait(simt::State::at_block, 2); }
 inline void __syncwarp(unsigned mask = ~0u) {
   if (mask != ~0u) simt::fail("__syncwarp whose mask is not the whole warp");
-  simt::wait(simt::State::at_warp, 3);
+  simt::wait(simt::State::at_warp, simt::SYNCWARP);
 }
 inline void __threadfence() {}
 template <class T>
