@@ -71,6 +71,44 @@ struct Arg<AttentionOptions> {  // None for what most calls ask: no option at al
 };
 
 #ifdef FASTLM_CUDA
+template <>
+struct Arg<cuda::AttentionCall> {
+  using Address = std::uintptr_t;
+  using type =
+      std::tuple<int32_t, Address, Strides, Address, Strides, Address, Strides, Address, int32_t, Strides, Address,
+                 std::array<int64_t, 7>, bool, int64_t, Arg<AttentionOptions>::type, float, double, bool>;
+  static cuda::AttentionCall cast(const type& value) {
+    const auto& [dtype, q, q_strides, k, k_strides, v, v_strides, mask, mask_type, mask_strides, seed, sizes,
+                 bottom_right, right, options, scale, dropout, hopper] = value;
+    const auto at = [](Address p) { return reinterpret_cast<const void*>(p); };
+    const auto& [B, H, Hk, S, T, D, Dv] = sizes;
+    return {static_cast<DType>(dtype),
+            at(q),
+            q_strides,
+            at(k),
+            k_strides,
+            at(v),
+            v_strides,
+            at(mask),
+            mask_type,
+            mask_strides,
+            static_cast<const int64_t*>(at(seed)),
+            B,
+            H,
+            Hk,
+            S,
+            T,
+            D,
+            Dv,
+            bottom_right,
+            right,
+            Arg<AttentionOptions>::cast(options),
+            scale,
+            dropout,
+            hopper};
+  }
+};
+
 template <class R, class... A>
 void bind(py::module_& m, const char* name, R (*launcher)(A...)) {
   m.def(

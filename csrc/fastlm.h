@@ -8,6 +8,7 @@
 #pragma once
 #include <array>
 #include <string>
+#include <tuple>
 #include <vector>
 
 #include "common.h"
@@ -453,6 +454,48 @@ void cross_entropy_backward(DType dtype, const float* dy, int64_t dy_stride, con
 /// x *= *factor for n contiguous elements, which are not touched where it is 1.
 void cross_entropy_scale(DType dtype, void* x, const float* factor, int64_t n, int device, Stream stream);
 
+// --- attention
+
+/// A call, as attention_forward and attention_backward above take it but for: q, k and v have 16 bits, addresses and
+/// distances that are multiples of 16 bytes, D and Dv that are multiples of 8; mask: that or float32 or bool;
+/// documents: int64; longest_q and longest_k: or more. hopper: false for mma.sync on a GPU that has wgmma too.
+struct AttentionCall {
+  DType dtype;
+  const void* q;
+  Strides q_strides;
+  const void* k;
+  Strides k_strides;
+  const void* v;
+  Strides v_strides;
+  const void* mask;
+  int32_t mask_type;
+  Strides mask_strides;
+  const int64_t* seed;
+  int64_t B, H, Hk, S, T, D, Dv;
+  bool bottom_right;
+  int64_t right;
+  AttentionOptions options;
+  float scale;
+  double dropout;
+  bool hopper;
+};
+
+/// What a call comes to: the path, "ampere" or "hopper"; queries and keys of a tile; then what it needs, numbers of:
+/// ranges (int32), and of a backward dq_sum (float32), turns (int32), parts of dsinks (float32, H rows a batch).
+/// strides: those of out or, in the backward, of dout.
+using AttentionPlan = std::tuple<std::string, int, int, int64_t, int64_t, int64_t, int64_t>;
+AttentionPlan attention_plan(AttentionCall call, bool backward, Strides strides, int device);
+
+void attention_forward(AttentionCall call, void* out, Strides out_strides, float* lse, int* ranges, int device,
+                       Stream stream);
+
+/// `ordered`: blocks add to dq_sum in turn, so that every run gives the same bits. shift, delta: [B, H, S] of scratch.
+/// dsinks: parts of their sum.
+void attention_backward(AttentionCall call, const void* out, Strides out_strides, const void* dout,
+                        Strides dout_strides, float* lse, const float* dlse, void* dq, Strides dq_strides, void* dk,
+                        Strides dk_strides, void* dv, Strides dv_strides, float* dsinks, float* shift, float* delta,
+                        float* dq_sum, int* turns, int* ranges, bool ordered, int device, Stream stream);
+
 #define FASTLM_CUDA_KERNELS(X) \
   X(gelu_forward)              \
   X(gelu_backward)             \
@@ -471,6 +514,9 @@ void cross_entropy_scale(DType dtype, void* x, const float* factor, int64_t n, i
   X(norm_backward)             \
   X(cross_entropy_forward)     \
   X(cross_entropy_backward)    \
-  X(cross_entropy_scale)
+  X(cross_entropy_scale)       \
+  X(attention_plan)            \
+  X(attention_forward)         \
+  X(attention_backward)
 
 }  // namespace fastlm::cuda

@@ -43,7 +43,7 @@ double filled(const AttentionArguments& a, int m, int group) {
 /// engine, store them then.
 int group_of(const AttentionArguments& a, int m) {
   const int group = a.heads / a.kv_heads;
-  return GROUP_ROWS % group == 0 && filled(a, m, 1) < 0.9 * filled(a, m, group) ? group : 1;
+  return m % group == 0 && filled(a, m, 1) < 0.9 * filled(a, m, group) ? group : 1;
 }
 
 /// The wide tile of keys is for where all queries see all of them.
@@ -55,6 +55,7 @@ const char* why_not_hopper(DType dtype, const AttentionArguments& a, bool backwa
   if (dtype == DType::float32) return "float32";
   if (is_general(a)) return "an option of the general kernels";
   if (!hopper_width(a)) return "head dims above 256";
+  if (backward && hopper_backward_tiles(hopper_width(a)).count == 0) return "head dims above 128";
   if (!a.batches || !a.total_q || !a.total_k) return "no rows";
   if (!fits(a.q_at) || !fits(a.k_at) || !fits(a.v_at)) return "strides that the copy engine does not take";
   if (!(backward ? fits(a.dout_at) : fits(a.out_at))) return "strides that the copy engine does not take";
@@ -72,7 +73,7 @@ void launch_hopper_forward(DType dtype, AttentionArguments a, int device, Stream
   const auto map = [&](const void* base, const Layout& at, int width, int rows, int heads, int together, int box) {
     return map_of(dtype, a, base, at, width, rows, heads, together, box);
   };
-  const HopperForwardArguments h{map(a.q, a.q_at, a.d, a.total_q, a.heads, group, GROUP_ROWS),
+  const HopperForwardArguments h{map(a.q, a.q_at, a.d, a.total_q, a.heads, group, tile.m),
                                  map(a.k, a.k_at, a.d, a.total_k, a.kv_heads, 1, tile.n),
                                  map(a.v, a.v_at, a.width_v, a.total_k, a.kv_heads, 1, tile.n),
                                  map(a.out, a.out_at, a.width_v, a.total_q, a.heads, 1, 16),

@@ -8,7 +8,7 @@ from typing import Any, Literal, overload
 import torch
 from torch import Tensor
 
-from fastlm import native
+from fastlm import cuda, native
 from fastlm._dispatch import LOW_PRECISION, Backend, Op
 from fastlm.kernels import _platform
 from fastlm.ops._check import check_device, check_floating
@@ -22,6 +22,8 @@ OP = Op(
             features=_FEATURES, missing=native.missing),
     Backend("triton", "fastlm.kernels.attention", _platform.DEVICES, LOW_PRECISION, limits={"head_dim": 256},
             features=_FEATURES, missing=_platform.missing),
+    Backend("cuda", "fastlm.cuda.attention", cuda.DEVICES, frozenset({torch.bfloat16, torch.float16}),
+            limits={"head_dim": 256}, features=_FEATURES, missing=cuda.missing, unverified=True),
     Backend("reference", "fastlm.reference.attention"),
 )  # fmt: skip
 
@@ -353,7 +355,7 @@ def attention(
         dropout: probability in [0, 1) that a weight is dropped; the kept ones are divided by 1 - dropout. Drawn from
             torch's default generator, and the same on every backend.
         return_lse: also return log(sum(exp(logits))), sinks included.
-        backend: "cpu", "triton" or "reference"; None chooses.
+        backend: "cpu", "triton", "cuda" (bfloat16 and float16) or "reference"; None chooses.
 
     Returns:
         (B, H, S, Dv), dtype of q, in memory as q is: (B, S, H, Dv) contiguous where q is a transposed (B, S, H, D).

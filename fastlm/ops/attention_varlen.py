@@ -107,7 +107,7 @@ def attention_varlen(
         alibi_slopes: (H,), as in attention.
         dropout: as in attention. The hash takes the number of the packed row, and that of the key in its sequence.
         return_lse: also return log(sum(exp(logits))), sinks included.
-        backend: "cpu", "triton" or "reference"; None chooses.
+        backend: as in attention.
 
     Returns:
         (total_q, H, Dv), dtype of q, contiguous. With return_lse also (H, total_q), float32 (float64 for float64),

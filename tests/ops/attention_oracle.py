@@ -16,9 +16,31 @@ import fastlm
 from fastlm import ops
 from fastlm.ops.attention import OP
 from fastlm.reference.attention import kept
-from tests.ops.harness import BACKWARD, FORWARD, assert_accurate, differentiate, on, refuses
+from tests.ops import harness
+from tests.ops.harness import BACKWARD, DTYPES, EMULATED, FORWARD, assert_accurate, differentiate, on, refuses
 
 INF, SEED = float("inf"), 5
+
+BACKENDS = ["cuda-forward-80", "cuda-reversed-89", "cuda-shuffled-90"] if EMULATED else harness.BACKENDS
+"""Chips whose shared memory or instructions give a call other kernels; with an order of threads each."""
+each_backend = pytest.mark.parametrize("backend", BACKENDS)
+
+
+def finest(backend: str) -> torch.dtype:
+    """The most exact dtype it takes."""
+    return torch.float16 if refuses(OP, backend, torch.ones(1)) else torch.float32
+
+
+def taken(*features: str) -> pytest.MarkDecorator:
+    """The backends that declare the features, with each dtype they take."""
+    pairs = [(b, d) for b in BACKENDS for d in DTYPES if not refuses(OP, b, torch.ones(1, dtype=d), features)]
+    return pytest.mark.parametrize(("backend", "dtype"), pairs, ids=[f"{b}-{str(d)[6:]}" for b, d in pairs])
+
+
+def near(dtype: torch.dtype) -> dict[str, float]:
+    """For what differs by the order of sums, or by where weights are rounded: half an ulp of sums of weights."""
+    eps = torch.finfo(dtype).eps
+    return {"rtol": 11 * eps, "atol": max(1e-5, eps / 2)}
 
 
 class Case(NamedTuple):
@@ -250,7 +272,7 @@ def compare(backend: str, problem: Problem, expected: Expected) -> None:
 
     with on(backend):
         if refuses(OP, backend, q, problem.features(), head_dim=max(q.shape[3], v.shape[3])):
-            with pytest.raises(fastlm.UnsupportedError, match="it has no"):
+            with pytest.raises(fastlm.UnsupportedError, match=r"it has no|dtype is float32"):
                 problem.run(run)
             return
         (out, lse), grads = problem.run(run)

@@ -45,6 +45,12 @@ each_backend = pytest.mark.parametrize("backend", BACKENDS)
 each_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=lambda d: str(d).removeprefix("torch."))
 
 
+CHIPS = {
+    "80": {"arch": 80, "shared": 163 << 10},  # A100
+    "89": {"arch": 89, "shared": 99 << 10},  # 4090
+}
+"""What the emulation is told beside an order; it is an H100 else."""
+
 T = TypeVar("T")
 
 
@@ -56,13 +62,15 @@ def sizes(full: T, small: T) -> T:
 
 @contextmanager
 def on(backend: str) -> Iterator[None]:
-    """Within the block ops run on "reference", "triton", "cuda", "cpu-<instruction set>" or "cuda-<order>"."""
+    """Within the block ops run on "reference", "triton", "cuda", "cpu-<instruction set>", "cuda-<order>" or
+    "cuda-<order>-<chip>"."""
     name, _, form = backend.partition("-")
     before = native.isa()
     if form and name == "cpu":
         native.set_isa(form)
     elif form:
-        cuda.extension().emulate(form)
+        order, _, chip = form.partition("-")
+        cuda.extension().emulate(order, **CHIPS.get(chip, {}))
     try:
         with fastlm.use_backend(name):
             yield

@@ -12,8 +12,18 @@ from torch.utils.checkpoint import checkpoint
 
 from fastlm import ops
 from fastlm.reference.attention import kept
-from tests.ops.attention_oracle import SEED, Case, compare, formula, make, make_problem, prepared
-from tests.ops.harness import assert_same_bits, differentiate, each_backend, each_dtype, on
+from tests.ops.attention_oracle import (
+    SEED,
+    Case,
+    compare,
+    each_backend,
+    finest,
+    formula,
+    make,
+    make_problem,
+    prepared,
+)
+from tests.ops.harness import assert_same_bits, differentiate, each_dtype, on
 
 
 def test_drops_its_share_independently() -> None:
@@ -49,7 +59,8 @@ def test_matches_the_formula_with_its_mask(backend: str, dtype: torch.dtype, cas
 @each_backend
 def test_nearly_everything_dropped(backend: str) -> None:
     """Few terms a thousand times as large: too few for the mean of their errors to say anything."""
-    problem = make_problem(Case(2, 4, 2, 70, 130, 32, 32, True, dropout=0.999))
+    dtype = finest(backend)
+    problem = make_problem(Case(2, 4, 2, 70, 130, 32, 32, True, dropout=0.999), dtype)
 
     def run(*tensors: Tensor, **options: Any) -> Tensor:
         torch.manual_seed(SEED)
@@ -59,12 +70,13 @@ def test_nearly_everything_dropped(backend: str) -> None:
         (out,), grads = problem.run(run)
     (oracle,), oracle_grads = problem.run(lambda *x, **o: formula(*x, **o)[0], torch.float64)
     for actual, want in zip([out, *grads], [oracle, *oracle_grads], strict=True):
-        torch.testing.assert_close(actual.double(), want, rtol=1e-4, atol=1e-5 * want.abs().max().item())
+        rtol, atol = (1e-4, 1e-5) if dtype is torch.float32 else (2e-3, 2e-3)
+        torch.testing.assert_close(actual.double(), want, rtol=rtol, atol=atol * want.abs().max().item())
 
 
 @each_backend
 def test_follows_the_generator_and_checkpointing(backend: str) -> None:
-    tensors = make(Case(1, 2, 2, 40, 40, 16, 16))
+    tensors = make(Case(1, 2, 2, 40, 40, 16, 16), finest(backend))
     run = lambda *x: ops.attention(*x, causal=True, dropout=0.3)  # noqa: E731
     with on(backend):
         torch.manual_seed(3)
