@@ -56,4 +56,14 @@ constexpr AttentionTile AMPERE_BACKWARD[][3] = {
 };
 constexpr AttentionTiles ampere_backward(int width) { return tiles_of(AMPERE_BACKWARD, width); }
 
+// The gradient of the mask: all four tiles, and numbers as backward has them. Few warps, so that several blocks are
+// there at once: a block waits for what it copies.
+constexpr AttentionTile bias_tile(int width, int m, int n, int warps) {
+  return {m, n, warps, 1, true, int64_t{4} * width * (m + n) + 4 * 4 * m};
+}
+constexpr AttentionTile AMPERE_BIAS[][1] = {{bias_tile(32, 64, 64, 4)},  {bias_tile(64, 64, 64, 4)},
+                                            {bias_tile(96, 64, 64, 4)},  {bias_tile(128, 64, 64, 4)},
+                                            {bias_tile(192, 32, 32, 4)}, {bias_tile(256, 32, 32, 4)}};
+constexpr AttentionTiles ampere_bias(int width) { return tiles_of(AMPERE_BIAS, width); }
+
 }  // namespace fastlm::cuda

@@ -24,31 +24,11 @@
 //
 // None of this has run on a GPU: numbers are those of the emulation, registers those of the compiler.
 #include "cuda/attention_ampere.h"
-#include "cuda/attention_rows.cuh"
+#include "cuda/attention_weights.cuh"
 
 namespace fastlm::cuda {
 
 constexpr int W = FASTLM_HEAD_DIM, BYTES = 2 * W;  // of a row of q, k, v and dout in shared memory
-
-/// How many of the warps share the rows of a product: so that a warp's part is as square as it can be, for it reads its
-/// rows and its columns of the operands.
-constexpr int warps_by_rows(int rows, int columns, int warps) {
-  int best = 0;
-  for (int r = warps; r > 0; r /= 2) {
-    if (rows % (16 * r) || columns % (16 * (warps / r))) continue;
-    if (!best || rows / r + columns / (warps / r) < rows / best + columns / (warps / best)) best = r;
-  }
-  return best;
-}
-/// A product of the block, R x C, and this warp's part of it.
-template <int R, int C, int WARPS>
-struct Part {
-  static constexpr int BY_ROWS = warps_by_rows(R, C, WARPS), BY_COLUMNS = WARPS / BY_ROWS;
-  static constexpr int ROWS = R / BY_ROWS, COLUMNS = C / BY_COLUMNS;  // of a warp
-  static constexpr int BLOCKS = ROWS / 16, NUMBERS = COLUMNS / 2;     // of a lane: NUMBERS in each of BLOCKS
-  static __device__ __forceinline__ int row() { return thread_here() / 32 / BY_COLUMNS * ROWS; }
-  static __device__ __forceinline__ int column() { return thread_here() / 32 % BY_COLUMNS * COLUMNS; }
-};
 
 /// Where a block stands.
 struct Standing {
@@ -63,18 +43,17 @@ struct AmpereBackward {
   static constexpr AttentionTile TILE = ampere_backward(W).rows[VARIANT];
   static constexpr int M = TILE.m, N = TILE.n, STAGES = TILE.stages, WARPS = TILE.warps, THREADS = 32 * WARPS;
   static constexpr bool GENERAL = TILE.general;
-  static constexpr int PER_ROW = GENERAL ? 4 : 2;  // numbers: shift, delta, the low and the high half of dropout's hash
   using Rows = HeadRows<T, W, THREADS>;
+  using Numbers = QueryNumbers<M, GENERAL>;
   using Weights = Part<M, N, WARPS>;  // p, ds
   using Keys = Part<N, W, WARPS>;     // dk, dv
   using Queries = Part<M, W, WARPS>;  // dq
   // Where what lies in shared memory.
   static constexpr int K = 0, V = K + N * BYTES, Q = V + N * BYTES, DOUT = Q + STAGES * M * BYTES,
                        P = DOUT + STAGES * M * BYTES, DS = P + 2 * M * N, ROWS = DS + 2 * M * N,
-                       STANDING = ROWS + 2 * PER_ROW * 4 * M;
+                       STANDING = ROWS + 2 * Numbers::BYTES;
   static_assert(sizeof(Standing) <= BACKWARD_STANDING && STANDING + BACKWARD_STANDING == TILE.shared,
                 "what the launcher asks for");
-  static_assert(2 * M <= THREADS, "a thread for each number");
 
   const AttentionArguments& a;
   const Standing& at;
@@ -111,6 +90,10 @@ struct AmpereBackward {
          a.width_v)
         .template copy<N, true>(memory() + V, 0);
   }
+  __device__ __forceinline__ Numbers numbers(int step) const {
+    return {shared<float>(ROWS + step % 2 * Numbers::BYTES)};
+  }
+  __device__ __forceinline__ float load_number(int step) const { return Numbers::load(a, e, head(step), m(step)); }
   /// To `stage` bytes behind the start of their room.
   __device__ __forceinline__ void copy_queries(int step, uint32_t stage) const {
     Rows(rows_of(static_cast<const T*>(a.q), a.q_at, e.batch, head(step), e.start_q), a.q_at.row, e.len_q, a.d)
@@ -121,91 +104,22 @@ struct AmpereBackward {
     copy_commit();
   }
 
-  /// What there is one number of for each query, on its way through a register: shift is inf, and so the weights are 0,
-  /// for queries behind the last.
-  __device__ __forceinline__ float load_number(int step) const {
-    const int t = thread_here(), i = m(step) + t % M;
-    if (t >= 2 * M || i >= e.len_q) return t < M ? INF : 0.f;
-    return (t < M ? a.shift : a.delta)[row_of(a, e, head(step)) + i];
-  }
-  __device__ __forceinline__ void store_number(float number, int step) const {
-    float* const rows = shared<float>(ROWS) + step % 2 * PER_ROW * M;
-    const int t = thread_here();
-    if (t < 2 * M) rows[t] = number;
-    if (GENERAL && a.threshold && t < M) {
-      const RowDropout dropout(*a.seed, row_of(a, e, head(step)) + m(step) + t, a.threshold, a.keep_factor);
-      rows[2 * M + t] = __uint_as_float(dropout.low);
-      rows[3 * M + t] = __uint_as_float(dropout.high);
-    }
-  }
-
   /// From the products s = q k^T and dp = dout v^T to the weights and the gradients of the logits, rounded, in shared
   /// memory.
   __device__ __forceinline__ void weigh(float (&s)[Weights::BLOCKS][Weights::NUMBERS],
                                         float (&dp)[Weights::BLOCKS][Weights::NUMBERS], int step) const {
-    const int m = this->m(step);
+    const int m = this->m(step), pair = 2 * (thread_here() % 4);
     const bool edge = m < r.middle || m >= r.end || at.first + N > e.len_k;
-    const float* const rows = shared<float>(ROWS) + step % 2 * PER_ROW * M;
-    const int lane = thread_here() % 32, pair = 2 * (lane % 4), column = Weights::column() + pair;
     FASTLM_UNROLL
     for (int block = 0; block < Weights::BLOCKS; ++block) {
-      float (&x)[Weights::NUMBERS] = s[block];
-      float (&dx)[Weights::NUMBERS] = dp[block];
-      const int row = Weights::row() + 16 * block + lane / 4;
-      const float shift[2] = {rows[row], rows[row + 8]}, delta[2] = {rows[M + row], rows[M + row + 8]};
-      [[maybe_unused]] float steep[GENERAL ? Weights::NUMBERS : 1];
-      if constexpr (GENERAL)
-        General(a, e, head(step)).template logits<false, true>(x, steep, m + row, at.first + column);
-      if (edge) {
-        hide<false>(x, m + row, at.first + column, e, a.before, a.after);
-        FASTLM_UNROLL
-        for (int n = 0; n < Weights::NUMBERS; ++n) {
-          if (fragment_row(m + row, n) >= e.len_q) x[n] = -INF;  // whatever the keys are
-        }
-      }
-      FASTLM_UNROLL
-      for (int n = 0; n < Weights::NUMBERS; ++n) {
-        x[n] = exp2_fast((GENERAL ? x[n] : x[n] * a.factor) - shift[n >> 1 & 1]);
-      }
-      uint32_t kept = 0;  // a bit for each
-      if constexpr (GENERAL) {
-        static_assert(Weights::NUMBERS <= 32, "bits");
-        if (a.threshold) {
-          RowDropout dropout(0, 0, a.threshold, a.keep_factor);
-          FASTLM_UNROLL
-          for (int n = 0; n < Weights::NUMBERS; ++n) {
-            dropout.low = __float_as_uint(rows[2 * M + fragment_row(row, n)]);
-            dropout.high = __float_as_uint(rows[3 * M + fragment_row(row, n)]);
-            const bool dropped = dropout.dropped(fragment_column(at.first + column, n));
-            dx[n] = dropped ? 0.f : dx[n] * a.keep_factor;
-            if (!dropped) kept |= 1u << n;
-          }
-        } else {
-          kept = ~0u;
-        }
-      }
-      FASTLM_UNROLL
-      for (int n = 0; n < Weights::NUMBERS; ++n) {
-        dx[n] = x[n] * (dx[n] - delta[n >> 1 & 1]);
-        if constexpr (GENERAL) dx[n] *= steep[n];
-      }
-      if (GENERAL || edge) {
-        FASTLM_UNROLL
-        for (int n = 0; n < Weights::NUMBERS; ++n) {
-          if (x[n] == 0) dx[n] = 0;  // a value that is not finite, of a key that is not seen
-        }
-      }
-      if constexpr (GENERAL) {
-        FASTLM_UNROLL
-        for (int n = 0; n < Weights::NUMBERS; ++n) {
-          if (!(kept >> n & 1)) x[n] = 0;
-        }
-      }
+      const int row = Weights::row() + 16 * block + thread_here() % 32 / 4;
+      weigh_fragment<GENERAL, GENERAL>(s[block], dp[block], a, e, head(step), m + row,
+                                       at.first + Weights::column() + pair, edge, numbers(step).at(row));
       FASTLM_UNROLL
       for (int n = 0; n < Weights::NUMBERS; n += 2) {
-        const int place = swizzled<2 * N>(fragment_row(row, n), Weights::column() / 8 + n / 4) + 2 * pair;
-        store_shared(memory() + P + place, pack2<T>(x[n], x[n + 1]));
-        store_shared(memory() + DS + place, pack2<T>(dx[n], dx[n + 1]));
+        const int to = swizzled<2 * N>(fragment_row(row, n), Weights::column() / 8 + n / 4) + 2 * pair;
+        store_shared(memory() + P + to, pack2<T>(s[block][n], s[block][n + 1]));
+        store_shared(memory() + DS + to, pack2<T>(dp[block][n], dp[block][n + 1]));
       }
     }
   }
@@ -234,7 +148,7 @@ struct AmpereBackward {
     if (steps > 0) {
       copy_keys();
       copy_queries(0, 0);
-      store_number(load_number(0), 0);
+      numbers(0).store(load_number(0), a, e, head(0), m(0));
       for (int step = 0; step < steps; ++step) {
         const uint32_t stage = STAGES == 2 ? step % 2 * M * BYTES : 0, q = memory() + Q + stage;
         const uint32_t dout = memory() + DOUT + stage;
@@ -257,7 +171,7 @@ struct AmpereBackward {
                                  Operand<BYTES, false, true>(dout, Keys::column()));
         multiply_tile<T, M / 16>(dk, Operand<2 * N, true, true>(memory() + DS, Keys::row()),
                                  Operand<BYTES, false, true>(q, Keys::column()));
-        if (more) store_number(number, step + 1);
+        if (more) numbers(step + 1).store(number, a, e, head(step + 1), m(step + 1));
         if constexpr (STAGES == 1) {
           __syncthreads();
           if (more) copy_queries(step + 1, 0);
