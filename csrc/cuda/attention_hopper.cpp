@@ -10,7 +10,9 @@ namespace {
 
 Kernel forwards[] = {{"attention_hopper_forward_64", "attention_hopper_forward"},
                      {"attention_hopper_forward_128", "attention_hopper_forward"},
-                     {"attention_hopper_forward_256", "attention_hopper_forward"}};
+                     {"attention_hopper_forward_256", "attention_hopper_forward"}},
+       backwards[] = {{"attention_hopper_backward_64", "attention_hopper_backward"},
+                      {"attention_hopper_backward_128", "attention_hopper_backward"}};
 
 /// Which of HOPPER_HEAD_DIMS.
 int width_index(const AttentionArguments& a) {
@@ -56,6 +58,7 @@ const char* why_not_hopper(DType dtype, const AttentionArguments& a, bool backwa
   if (is_general(a)) return "an option of the general kernels";
   if (!hopper_width(a)) return "head dims above 256";
   if (backward && hopper_backward_tiles(hopper_width(a)).count == 0) return "head dims above 128";
+  if (backward && hopper_backward_tiles(hopper_width(a)).count == 0) return "head dims above 128";
   if (!a.batches || !a.total_q || !a.total_k) return "no rows";
   if (!fits(a.q_at) || !fits(a.k_at) || !fits(a.v_at)) return "strides that the copy engine does not take";
   if (!(backward ? fits(a.dout_at) : fits(a.out_at))) return "strides that the copy engine does not take";
@@ -83,6 +86,19 @@ void launch_hopper_forward(DType dtype, AttentionArguments a, int device, Stream
                                  a.tiles * a.batches * (a.heads / group)};
   const Grid grid{min(h.total, cuda::device(device).sms), 32 * tile.warps, 1, tile.shared};
   forwards[width_index(a)].launch(dtype, forward_variant(a), grid, h, device, stream);
+}
+
+void launch_hopper_backward(DType dtype, const AttentionArguments& a, int device, Stream stream) {
+  const AttentionTile tile = hopper_backward_tile(a);
+  const auto map = [&](const void* base, const Layout& at, int width, int rows, int heads, int box) {
+    return map_of(dtype, a, base, at, width, rows, heads, 1, box);
+  };
+  const HopperBackwardArguments h{map(a.q, a.q_at, a.d, a.total_q, a.heads, tile.m),
+                                  map(a.k, a.k_at, a.d, a.total_k, a.kv_heads, tile.n),
+                                  map(a.v, a.v_at, a.width_v, a.total_k, a.kv_heads, tile.n),
+                                  map(a.dout, a.dout_at, a.width_v, a.total_q, a.heads, tile.m), a};
+  const Grid grid{int64_t{a.tiles} * a.batches * a.kv_heads, 32 * tile.warps, 1, tile.shared};
+  backwards[width_index(a)].launch(dtype, 0, grid, h, device, stream);
 }
 
 }  // namespace fastlm::cuda
