@@ -130,14 +130,26 @@ __device__ __forceinline__ int lane_row() { return static_cast<int>(threadIdx.x)
 __device__ __forceinline__ int lane_column() { return 2 * (static_cast<int>(threadIdx.x) % 4); }
 
 /// -inf where positions hide a key: i - before <= j <= i + after, and j < len_k. Queries behind the last are whatever.
+/// Two comparisons and a selection each: with bounds of rows, because a condition of more parts becomes branches.
 template <bool KEYS_BY_ROWS, int R>
 __device__ __forceinline__ void hide(float (&x)[R], int row, int column, const Extent& e, bool has_before,
                                      bool has_after) {
+  int low[2], high[2];
+  FASTLM_UNROLL
+  for (int half = 0; half < 2; ++half) {
+    const int r = row + 8 * half;
+    if constexpr (KEYS_BY_ROWS) {
+      low[half] = has_after ? r - e.after : 0;
+      high[half] = r >= e.len_k ? -1 : has_before ? r + e.before : FAR;
+    } else {
+      low[half] = has_before ? r - e.before : 0;
+      high[half] = min_of(has_after ? r + e.after : FAR, e.len_k - 1);
+    }
+  }
   FASTLM_UNROLL
   for (int n = 0; n < R; ++n) {
-    const int r = fragment_row(row, n), c = fragment_column(column, n);
-    const int i = KEYS_BY_ROWS ? c : r, j = KEYS_BY_ROWS ? r : c;
-    if (j >= e.len_k || (has_after && j > i + e.after) || (has_before && j < i - e.before)) x[n] = -INF;
+    const int c = fragment_column(column, n), half = n / 2 % 2;
+    x[n] = (c < low[half]) | (c > high[half]) ? -INF : x[n];
   }
 }
 

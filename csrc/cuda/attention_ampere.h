@@ -21,8 +21,7 @@ constexpr AttentionTile forward_tile(int width, int m, int n, int warps, int sta
 constexpr AttentionTile AMPERE_FORWARD[][3] = {
     {forward_tile(32, 128, 64, 4, 2, false), forward_tile(32, 64, 64, 4, 2, true)},
     {forward_tile(64, 128, 64, 4, 2, false), forward_tile(64, 64, 64, 4, 2, true)},
-    {forward_tile(96, 128, 64, 4, 2, false), forward_tile(96, 128, 64, 4, 1, false),
-     forward_tile(96, 64, 64, 4, 1, true)},
+    {forward_tile(96, 128, 32, 4, 2, false), forward_tile(96, 64, 64, 4, 1, true)},
     {forward_tile(128, 128, 32, 4, 2, false), forward_tile(128, 128, 32, 4, 1, false),
      forward_tile(128, 64, 64, 4, 1, true)},
     {forward_tile(192, 128, 64, 8, 2, false), forward_tile(192, 128, 32, 8, 2, false),

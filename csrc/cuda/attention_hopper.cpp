@@ -45,7 +45,7 @@ double filled(const AttentionArguments& a, int m, int group) {
 /// engine, store them then.
 int group_of(const AttentionArguments& a, int m) {
   const int group = a.heads / a.kv_heads;
-  return m % group == 0 && filled(a, m, 1) < 0.9 * filled(a, m, group) ? group : 1;
+  return GROUP_ROWS % group == 0 && filled(a, m, 1) < 0.9 * filled(a, m, group) ? group : 1;
 }
 
 /// The wide tile of keys is for where all queries see all of them.
@@ -76,7 +76,7 @@ void launch_hopper_forward(DType dtype, AttentionArguments a, int device, Stream
   const auto map = [&](const void* base, const Layout& at, int width, int rows, int heads, int together, int box) {
     return map_of(dtype, a, base, at, width, rows, heads, together, box);
   };
-  const HopperForwardArguments h{map(a.q, a.q_at, a.d, a.total_q, a.heads, group, tile.m),
+  const HopperForwardArguments h{map(a.q, a.q_at, a.d, a.total_q, a.heads, group, GROUP_ROWS),
                                  map(a.k, a.k_at, a.d, a.total_k, a.kv_heads, 1, tile.n),
                                  map(a.v, a.v_at, a.width_v, a.total_k, a.kv_heads, 1, tile.n),
                                  map(a.out, a.out_at, a.width_v, a.total_q, a.heads, 1, 16),

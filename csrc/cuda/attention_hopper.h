@@ -7,8 +7,9 @@ namespace fastlm::cuda {
 
 /// Head dims of the kernels' rows: the smallest of these that holds both.
 constexpr int HOPPER_HEAD_DIMS[] = {64, 128, 256};
-/// Of a warp group, which is what a product of 64 rows is of.
+/// A warp group: what a product of so many rows is of.
 constexpr int GROUP_THREADS = 128;
+constexpr int GROUP_ROWS = 64;
 /// What a block of sm_90 has.
 constexpr int64_t HOPPER_SHARED = 232448;
 /// Panels of tiles start at multiples of this, the block's shared memory wherever it likes.
@@ -18,7 +19,7 @@ constexpr int PANEL = 64;
 
 // --- forward ---------------------------------------------------------------------------------------------------------
 
-/// Rows of q with TMA's maps: {D, group, S, Hq / group, B} by boxes of {64, group, m / group, 1, 1}, so a tile's row r
+/// Rows of q with TMA's maps: {D, group, S, Hq / group, B} by boxes of {64, group, 64 / group, 1, 1}, so a tile's row r
 /// is query r / group of head r % group of a key head. k, v: {D, 1, T, Hk, B} by {64, 1, n, 1, 1}. out, where group is
 /// 1: {Dv, 1, S, H, B} by a warp's {64, 1, 16, 1, 1}. D and Dv as they are: the rest of a panel is loaded as zeros and
 /// not stored.
@@ -39,7 +40,12 @@ constexpr bool hopper_forward_out_apart(int w, int m, int n) {
 }
 constexpr AttentionTile hopper_forward_shape(int w, int m, int n) {
   const int rows = m * (hopper_forward_out_apart(w, m, n) ? 2 : 1) + 2 * HOPPER_STAGES * n;
-  return {m, n, 4 * (m / 64 + 1), HOPPER_STAGES, false, int64_t{2} * w * rows + 2 * PANEL_ALIGNMENT};  // and barriers
+  return {m,
+          n,
+          4 * (m / GROUP_ROWS + 1),
+          HOPPER_STAGES,
+          false,
+          int64_t{2} * w * rows + 2 * PANEL_ALIGNMENT};  // and barriers
 }
 /// With a wide tile of keys where all tiles see all, else the narrow one, which wastes less at the diagonal.
 constexpr AttentionTile HOPPER_FORWARD_64[] = {hopper_forward_shape(64, 192, 128)};

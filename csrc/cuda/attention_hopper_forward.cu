@@ -5,36 +5,39 @@
 namespace fastlm::cuda {
 
 constexpr int W = FASTLM_HEAD_DIM, PANELS = W / PANEL, PANEL_BYTES = 2 * PANEL;
+/// Bytes of a panel of a group's rows.
+constexpr int GROUP_PANEL = GROUP_ROWS * PANEL_BYTES;
 
-/// The block's shared memory.
+/// The block's shared memory. Rows of q and out are in parts, one for each consumer group.
 template <int M, int N>
 struct HopperForwardRoom {
-  static constexpr int GROUPS = M / 64, Q = 2 * M * W, KEYS = 2 * N * W;
+  static constexpr int GROUPS = M / GROUP_ROWS, PART = 2 * GROUP_ROWS * W, KEYS = 2 * N * W;
   static constexpr bool OUT_APART = hopper_forward_out_apart(W, M, N);
   uint32_t q, k, v, out, barriers;
 
   __device__ __forceinline__ HopperForwardRoom()
       : q((shared_address(shared<char>()) + PANEL_ALIGNMENT - 1) / PANEL_ALIGNMENT * PANEL_ALIGNMENT),
-        k(q + Q),
+        k(q + GROUPS * PART),
         v(k + HOPPER_STAGES * KEYS),
         out(OUT_APART ? v + HOPPER_STAGES * KEYS : q),
-        barriers(v + HOPPER_STAGES * KEYS + (OUT_APART ? Q : 0)) {}
+        barriers(v + HOPPER_STAGES * KEYS + (OUT_APART ? GROUPS * PART : 0)) {}
 
-  // Each of a ring of two: full() when the copy engine has brought it, empty() when every consumer warp is done with
-  // it.
-  __device__ __forceinline__ uint32_t q_full() const { return barriers; }
-  __device__ __forceinline__ uint32_t q_empty() const { return barriers + 8; }
-  __device__ __forceinline__ uint32_t k_full(int i) const { return barriers + 16 + 8 * (i % HOPPER_STAGES); }
-  __device__ __forceinline__ uint32_t k_empty(int i) const { return barriers + 32 + 8 * (i % HOPPER_STAGES); }
-  __device__ __forceinline__ uint32_t v_full(int i) const { return barriers + 48 + 8 * (i % HOPPER_STAGES); }
-  __device__ __forceinline__ uint32_t v_empty(int i) const { return barriers + 64 + 8 * (i % HOPPER_STAGES); }
+  // Of use i of the rings of keys and values.
   __device__ __forceinline__ uint32_t keys(int i) const { return k + i % HOPPER_STAGES * KEYS; }
   __device__ __forceinline__ uint32_t values(int i) const { return v + i % HOPPER_STAGES * KEYS; }
-  /// Of use i of a ring.
   static __device__ __forceinline__ int parity(int i) { return i / HOPPER_STAGES % 2; }
 
+  // Full: what the copy engine has brought. Empty: what every warp that reads it is done with.
+  static constexpr int FULL_ONES = GROUPS + 2 * HOPPER_STAGES;
+  __device__ __forceinline__ uint32_t q_full(int group) const { return barriers + 8 * group; }
+  __device__ __forceinline__ uint32_t k_full(int i) const { return barriers + 8 * (GROUPS + i % HOPPER_STAGES); }
+  __device__ __forceinline__ uint32_t v_full(int i) const { return k_full(i) + 8 * HOPPER_STAGES; }
+  static __device__ __forceinline__ uint32_t empty(uint32_t full) { return full + 8 * FULL_ONES; }
   __device__ __forceinline__ void init() const {
-    for (int i = 0; i < 10; ++i) barrier_init(barriers + 8 * i, i == 1 || i / 2 == 2 || i / 2 == 4 ? 4 * GROUPS : 1);
+    for (int i = 0; i < FULL_ONES; ++i) {
+      barrier_init(barriers + 8 * i, 1);
+      barrier_init(empty(barriers + 8 * i), i < GROUPS ? 4 : 4 * GROUPS);
+    }
     barrier_init_done();
   }
 };
@@ -94,29 +97,33 @@ __device__ __forceinline__ void produce(const HopperForwardArguments& h, const H
     const HopperForwardKeys keys = keys_of<M, N>(h, work);
     const int kv_head = work.head / share;
     const auto load_q = [&] {
-      barrier_wait(room.q_empty(), tiles % 2 ^ 1);
-      barrier_expect(room.q_full(), Room::Q);
-      for (int p = 0; p < PANELS; ++p) {
-        tile_load(room.q + p * M * PANEL_BYTES, &h.q, room.q_full(), p * PANEL, 0, e.start_q + work.first, work.head,
-                  e.batch);
+      for (int g = 0; g < Room::GROUPS; ++g) {
+        const uint32_t full = room.q_full(g), to = room.q + g * Room::PART;
+        const int first = e.start_q + work.first + g * (GROUP_ROWS / h.group);
+        barrier_wait(room.empty(full), tiles % 2 ^ 1);
+        barrier_expect(full, Room::PART);
+        for (int p = 0; p < PANELS; ++p)
+          tile_load(to + p * GROUP_PANEL, &h.q, full, p * PANEL, 0, first, work.head, e.batch);
       }
       ++tiles;
     };
-    const auto load = [&](const TensorMap* map, uint32_t to, uint32_t empty, uint32_t full, int n) {
-      barrier_wait(empty, Room::parity(loaded) ^ 1);
+    const auto load = [&](const TensorMap* map, uint32_t to, uint32_t full, int n) {
+      barrier_wait(room.empty(full), Room::parity(loaded) ^ 1);
       barrier_expect(full, Room::KEYS);
       for (int p = 0; p < PANELS; ++p)
         tile_load(to + p * N * PANEL_BYTES, map, full, p * PANEL, 0, e.start_k + n * N, kv_head, e.batch);
     };
     if (keys.low == keys.high) load_q();
     for (int n = keys.high - 1; n >= keys.low; --n) {
-      load(&h.k, room.keys(loaded), room.k_empty(loaded), room.k_full(loaded), n);
-      if (n == keys.high - 1) load_q();
-      load(&h.v, room.values(loaded), room.v_empty(loaded), room.v_full(loaded), n);
+      load(&h.k, room.keys(loaded), room.k_full(loaded), n);
+      load(&h.v, room.values(loaded), room.v_full(loaded), n);
+      if (n == keys.high - 1) load_q();  // last: a tile before this one may still use its room
       ++loaded;
     }
   });
 }
+
+// --- those that compute ----------------------------------------------------------------------------------------------
 
 /// The descriptor of what lies `bytes` on: addresses end far below the lower word's end.
 __device__ __forceinline__ uint64_t moved(uint64_t descriptor, int bytes) {
@@ -128,8 +135,6 @@ __device__ __forceinline__ void forget([[maybe_unused]] int& x) {
   asm volatile("" : "+r"(x));
 #endif
 }
-
-// --- those that compute ----------------------------------------------------------------------------------------------
 
 /// 64 queries of a warp group: of each thread two rows, 8 apart.
 template <class T, int M, int N>
@@ -157,7 +162,7 @@ struct HopperForwardConsumer {
         a(h.a),
         room(room),
         group(group),
-        row(64 * group + static_cast<int>(threadIdx.x) / 32 % 4 * 16),
+        row(GROUP_ROWS * group + static_cast<int>(threadIdx.x) / 32 % 4 * 16),
         leader(threadIdx.x % 32 == 0) {}
 
   __device__ __forceinline__ void release(uint32_t barrier) const {
@@ -167,12 +172,12 @@ struct HopperForwardConsumer {
   /// s = q k^T, begun.
   __device__ __forceinline__ void begin_logits() {
     warpgroup_fence();
-    const uint64_t q = descriptor_along<PANEL_BYTES>(room.q + group * 64 * PANEL_BYTES);
+    const uint64_t q = descriptor_along<PANEL_BYTES>(room.q + group * Room::PART);
     const uint64_t k = descriptor_along<PANEL_BYTES>(room.keys(used));
     FASTLM_UNROLL
     for (int i = 0; i < W / 16; ++i) {
-      const int panel = i / 4 * PANEL_BYTES, in = i % 4 * 32;
-      multiply_shared<T, N>(s, moved(q, panel * M + in), moved(k, panel * N + in), i > 0);
+      const int panel = i / 4, in = i % 4 * 32;
+      multiply_shared<T, N>(s, moved(q, panel * GROUP_PANEL + in), moved(k, panel * N * PANEL_BYTES + in), i > 0);
     }
     warpgroup_commit();
   }
@@ -248,14 +253,14 @@ struct HopperForwardConsumer {
     if constexpr (TURNS) named_arrive(TURN + (group + 1) % GROUPS, 2 * GROUP_THREADS);
     warpgroup_wait<1>();
     ready(s);
-    release(room.k_empty(used));
+    release(room.empty(room.k_full(used)));
     softmax<EDGE>(work, n);
     ++used;
     // In front of the wait for o, not behind it: without the loop in here ptxas moves that wait above the softmax.
     if (n > low) barrier_wait(room.k_full(used), Room::parity(used));
     warpgroup_wait<0>();
     ready(o);
-    release(room.v_empty(used - 2));
+    release(room.empty(room.v_full(used - 2)));
     round_weights();
     if constexpr (!SHRINK_LATE) shrink_out();
   }
@@ -266,7 +271,7 @@ struct HopperForwardConsumer {
     begin_logits();
     warpgroup_wait<0>();
     ready(s);
-    release(room.k_empty(used));
+    release(room.empty(room.k_full(used)));
     softmax<true>(work, n);
     round_weights();
     ++used;
@@ -278,12 +283,12 @@ struct HopperForwardConsumer {
       for (; n >= keys.inner_low; --n) step<false>(work, n, keys.low);
     }
     if constexpr (SHRINK_LATE) shrink_out();
-    if constexpr (Room::OUT_APART) release(room.q_empty());
+    if constexpr (Room::OUT_APART) release(room.empty(room.q_full(group)));
     barrier_wait(room.v_full(used - 1), Room::parity(used - 1));
     begin_out(used - 1);
     warpgroup_wait<0>();
     ready(o);
-    release(room.v_empty(used - 1));
+    release(room.empty(room.v_full(used - 1)));
   }
 
   /// Divides by the sums; lse.
@@ -323,12 +328,12 @@ struct HopperForwardConsumer {
       if (leader) bulk_wait_read<0>();
       __syncwarp();
     }
-    const uint32_t out = room.out + own_row * PANEL_BYTES;
+    const uint32_t out = room.out + own_row / GROUP_ROWS * Room::PART + own_row % GROUP_ROWS * PANEL_BYTES;
     FASTLM_UNROLL
     for (int k = 0; k < W / 16; ++k) {
       uint32_t words[4];
       fragment_of<T>(words, o, k);
-      store_matrices(out + k / 4 * M * PANEL_BYTES + swizzled<PANEL_BYTES>(lane % 16, k % 4 * 2 + lane / 16), words);
+      store_matrices(out + k / 4 * GROUP_PANEL + swizzled<PANEL_BYTES>(lane % 16, k % 4 * 2 + lane / 16), words);
     }
     FASTLM_UNROLL
     for (int i = 0; i < W / 2; ++i) spoiled |= o[i] != o[i];
@@ -337,7 +342,7 @@ struct HopperForwardConsumer {
     if (h.group == 1 && (!a.cu_q || work.first + row + 16 <= e.len_q)) {
       if (leader) {
         for (int p = 0; p * PANEL < a.width_v; ++p)
-          tile_store(&h.out, out + p * M * PANEL_BYTES, p * PANEL, 0, e.start_q + work.first + row, work.head, e.batch);
+          tile_store(&h.out, out + p * GROUP_PANEL, p * PANEL, 0, e.start_q + work.first + row, work.head, e.batch);
         bulk_commit();
         if constexpr (!Room::OUT_APART) bulk_wait_read<0>();
       }
@@ -346,7 +351,7 @@ struct HopperForwardConsumer {
     }
     if constexpr (!Room::OUT_APART) {
       __syncwarp();
-      release(room.q_empty());
+      release(room.empty(room.q_full(group)));
     }
   }
   /// What the copy engine does not store: rows of a pack that are not all of this sequence, and of several heads.
@@ -356,7 +361,7 @@ struct HopperForwardConsumer {
     const int word = lane % WORDS;
     if (8 * word >= a.width_v) return;
     T* const to = static_cast<T*>(a.out) + 8 * word;
-    const uint32_t from = out + word / 8 * M * PANEL_BYTES;
+    const uint32_t from = out + word / 8 * GROUP_PANEL;
     FASTLM_ROLL
     for (int r = lane / WORDS; r < 16; r += 32 / WORDS) {
       const int i = work.first + (row + r) / h.group, head = work.head * h.group + (row + r) % h.group;
@@ -382,12 +387,12 @@ struct HopperForwardConsumer {
         top[r] = -INF;
         sum[r] = 0;
       }
-      barrier_wait(room.q_full(), tiles % 2);
+      barrier_wait(room.q_full(group), tiles % 2);
       ++tiles;
       if (keys.low < keys.high) {
         walk(work, keys);
       } else if constexpr (Room::OUT_APART) {
-        release(room.q_empty());
+        release(room.empty(room.q_full(group)));
       }
       forget(number);  // so that nothing else of the work waits in registers for this
       const Work same(h, number);

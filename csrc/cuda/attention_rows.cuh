@@ -5,7 +5,8 @@
 namespace fastlm::cuda {
 
 /// threadIdx.x, as if it were another each time: addresses are computed of it where they are used. Left to itself the
-/// compiler computes all of them ahead of the loop that they are used in, and there are not registers enough for that.
+/// compiler computes all of them ahead of the loop that they are used in; where there are registers enough for that,
+/// give threadIdx.x for the `thread` of what follows.
 __device__ __forceinline__ int thread_here() {
 #ifdef FASTLM_EMULATED
   return static_cast<int>(threadIdx.x);
@@ -27,23 +28,25 @@ struct HeadRows {
   int64_t stride;  // of rows
   int rows, width;
 
-  static __device__ __forceinline__ int row() { return thread_here() / LANES; }
-  static __device__ __forceinline__ int chunk() { return thread_here() % LANES; }
   __device__ __forceinline__ HeadRows(const T* head, int64_t stride, int rows, int width)
-      : from(head + (8 * chunk() < width ? 8 * chunk() : 0)), stride(stride), rows(rows), width(width) {}
+      : from(head), stride(stride), rows(rows), width(width) {
+    const int column = 8 * (thread_here() % LANES);
+    if (column < width) from += column;
+  }
 
   /// Rows first ... first + COUNT - 1, and zeros for what there is not: behind the last row where CUT, and columns.
   template <int COUNT, bool CUT>
-  __device__ __forceinline__ void copy(uint32_t to, int first) const {
+  __device__ __forceinline__ void copy(uint32_t to, int first, int thread = thread_here()) const {
     static_assert(COUNT % STEP == 0, "every thread copies the same number of rows");
-    to += swizzled<2 * W>(row(), chunk());
+    const int row = thread / LANES, chunk = thread % LANES;
+    to += swizzled<2 * W>(row, chunk);
     FASTLM_UNROLL
     for (int i = 0; i < COUNT / STEP; ++i) {
-      const int r = first + row() + i * STEP;
+      const int r = first + row + i * STEP;
       const T* at = from + (CUT ? min_of(r, rows - 1) : r) * stride;
       FASTLM_UNROLL
       for (int j = 0; j < CHUNKS; ++j) {
-        const bool inside = 8 * (chunk() + LANES * j) < width;
+        const bool inside = 8 * (chunk + LANES * j) < width;
         copy_async_or_zero(to + i * STEP * 2 * W + j * LANES * 16, inside ? at + 8 * LANES * j : at,
                            inside && (!CUT || r < rows));
       }
@@ -67,8 +70,8 @@ struct Operand {
   int chunk;
 
   /// `first`: the first m or n.
-  __device__ __forceinline__ Operand(uint32_t tile, int first) {
-    const int lane = thread_here() % 32;
+  __device__ __forceinline__ Operand(uint32_t tile, int first, int thread = thread_here()) {
+    const int lane = thread % 32;
     at = tile + (TRANSPOSED ? 0 : first * BYTES);
     at += LEFT == TRANSPOSED ? swizzled<BYTES>(lane % 8 + lane / 16 * 8, lane / 8 % 2)
                              : swizzled<BYTES>(lane % 16, lane / 16);
