@@ -58,7 +58,6 @@ const char* why_not_hopper(DType dtype, const AttentionArguments& a, bool backwa
   if (is_general(a)) return "an option of the general kernels";
   if (!hopper_width(a)) return "head dims above 256";
   if (backward && hopper_backward_tiles(hopper_width(a)).count == 0) return "head dims above 128";
-  if (backward && hopper_backward_tiles(hopper_width(a)).count == 0) return "head dims above 128";
   if (!a.batches || !a.total_q || !a.total_k) return "no rows";
   if (!fits(a.q_at) || !fits(a.k_at) || !fits(a.v_at)) return "strides that the copy engine does not take";
   if (!(backward ? fits(a.dout_at) : fits(a.out_at))) return "strides that the copy engine does not take";
