@@ -496,6 +496,11 @@ void attention_backward(AttentionCall call, const void* out, Strides out_strides
                         Strides dk_strides, void* dv, Strides dv_strides, float* dsinks, float* shift, float* delta,
                         float* dq_sum, int* turns, int* ranges, bool ordered, int device, Stream stream);
 
+/// The gradient of the mask, after attention_backward, which left shift and delta. Its shape is mask_sizes where that
+/// has queries and keys; else [B, H, T], or where the mask has no keys [B, H, S], to be summed.
+void attention_bias(AttentionCall call, const void* dout, Strides dout_strides, float* shift, float* delta,
+                    float* dbias, Strides mask_sizes, int device, Stream stream);
+
 #define FASTLM_CUDA_KERNELS(X) \
   X(gelu_forward)              \
   X(gelu_backward)             \
@@ -517,6 +522,7 @@ void attention_backward(AttentionCall call, const void* out, Strides out_strides
   X(cross_entropy_scale)       \
   X(attention_plan)            \
   X(attention_forward)         \
-  X(attention_backward)
+  X(attention_backward)        \
+  X(attention_bias)
 
 }  // namespace fastlm::cuda

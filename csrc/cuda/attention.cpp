@@ -18,7 +18,8 @@ namespace {
       name "_256", name                                                                                     \
     }                                                                                                       \
   }
-Kernel forward[] = FASTLM_WIDTHS("attention_ampere_forward"), backward[] = FASTLM_WIDTHS("attention_ampere_backward");
+Kernel forward[] = FASTLM_WIDTHS("attention_ampere_forward"), backward[] = FASTLM_WIDTHS("attention_ampere_backward"),
+       bias[] = FASTLM_WIDTHS("attention_ampere_bias");
 #undef FASTLM_WIDTHS
 Kernel prepare("attention", "attention_prepare"), finish("attention", "attention_finish"),
     finish_hopper("attention", "attention_finish_hopper"), clear("attention", "attention_clear"),
@@ -239,6 +240,32 @@ void attention_backward(AttentionCall call, const void* out, Strides out_strides
   (choice.hopper ? finish_hopper : finish)
       .launch(call.dtype, row_variant(a.d), {int64_t{a.batches} * a.heads * after.tiles, SMALL_THREADS}, after, device,
               stream);
+}
+
+void attention_bias(AttentionCall call, const void* dout, Strides dout_strides, float* shift, float* delta,
+                    float* dbias, Strides sizes, int device, Stream stream) {
+  AttentionArguments a = arguments(call);
+  a.dout = dout;
+  a.dout_at = layout(dout_strides, call.B, call.H, call.S);
+  a.shift = shift;
+  a.delta = delta;
+  a.dbias = dbias;
+  const Choice choice = choose_ampere(ampere_bias, a, cuda::device(device));
+  const auto& [mask_batches, mask_heads, mask_rows, mask_keys] = sizes;
+  const bool keys = mask_keys == call.T && (call.T != 1 || mask_rows == call.S), rows = mask_rows == call.S || !keys;
+  const bool both = rows && keys;
+  AttentionBias b{};
+  b.tiles_m = rows ? static_cast<int>(ceil_div(call.S, choice.tile.m)) : 1;
+  b.tiles_n = keys ? static_cast<int>(ceil_div(call.T, choice.tile.n)) : 1;
+  b.kept_heads = both ? static_cast<int>(mask_heads) : a.heads;
+  b.summed_batches = both ? static_cast<int>(call.B / mask_batches) : 1;
+  b.summed_heads = both ? static_cast<int>(call.H / mask_heads) : 1;
+  b.rows = rows;
+  b.keys = keys;
+  b.call = a;
+  const int64_t outer = both ? mask_batches * mask_heads : call.B * call.H;
+  const Grid grid{outer * b.tiles_m * b.tiles_n, 32 * choice.tile.warps, 1, choice.tile.shared};
+  bias[choice.width].launch(call.dtype, choice.variant, grid, b, device, stream);
 }
 
 }  // namespace fastlm::cuda
