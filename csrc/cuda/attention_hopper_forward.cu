@@ -1,3 +1,34 @@
+// attention's forward on sm_90a, in the manner of FlashAttention-3 (Shah et al. 2024, arXiv:2407.08608): a block that
+// stays holds a tile of queries, 64 of them in each warp group that computes; one more warp group loads.
+//
+//   loads      one thread: keys and values through rings of two, q of each group once for a tile. Groups hand their q
+//              back one by one: while one stores, the other is at its next tile
+//   computes   s = q k^T from shared memory, the softmax in registers, o += p v with p in registers. The products of
+//              the next logits begin before those of this tile's values, and the softmax runs under the latter; up to
+//              128 columns groups take turns at beginning products too, so one's softmax runs under another's
+//   edges      tiles of keys are walked downwards, so that those at the diagonal and the ragged last one come first, in
+//              a loop of their own: the other computes no mask
+//   stores     by way of shared memory, a warp's 16 rows at a time: the copy engine, or 16 bytes a lane where rows
+//              behind them are another sequence's or of another head. Those of a pack never leave their sequence
+//   heads      that share a key head are rows of one tile where a head's queries alone would leave it empty (group)
+//
+// Floor: 4 M N D operations of a tile, 4096 in a cycle of a multiprocessor, and M N exponentials, 16 in a cycle. D =
+// 64: 192 x 128, 1536 cycles each; 128: 128 x 128, 2048 and 1024, or where all is seen 128 x 176, 2816 and 1408; 256:
+// 128 x 80, 2560 and 640. With 64 columns the exponentials are the floor as much as the products, hence three groups.
+// K and V of the heads in work stay in the L2 cache (span).
+//
+// Registers: 168 a thread at the start (128 with three groups), then 240 (160) where there are products, of which s, o,
+// p take 32 + 64 + 32, 64 + 64 + 32, 64 + 88 + 44 and 128 + 40 + 20 with their addresses in uniform ones, and 24 (32)
+// where there are loads, which use 21. nvcc 13.0: nothing spilled, no product serialised. In the loop all 66 (66, 90,
+// 42) exponentials of a tile stand between the products and their wait, and o of 256 columns is scaled under those of
+// the logits. Without the wait for the next keys above the one for o, ptxas moves the latter up, and none does.
+//
+// Tried and lost: the loading thread hands out tiles by way of shared memory: what is walked over is then no longer
+// known to be the same in all lanes, 64 columns spill 212 bytes in the loop. Spoiled rows computed again where they are
+// stored: 24 to 56 bytes, for what happens to nobody; so it is done behind the last tile. o has no room of its own in
+// 128 x 176 and with 256 columns; over V, as FlashAttention-3 has it, groups would wait for each other there.
+//
+// Never run on a GPU.
 #include "cuda/attention_hopper.h"
 #include "cuda/attention_repair.cuh"
 #include "cuda/hopper.cuh"
