@@ -98,10 +98,9 @@ class Nvcc(NamedTuple):
     ptx: list[str]
 
 
-def gencode(architectures: list[str], ptx: list[str]) -> list[str]:
-    """One -gencode per binary in the file."""
-    codes = [(a, f"sm_{a}") for a in architectures] + [(a, f"compute_{a}") for a in ptx]
-    return [flag for a, code in codes for flag in ("-gencode", f"arch=compute_{a},code={code}")]
+def gencode(codes: list[tuple[str, str]]) -> list[str]:
+    """Of PTX of which architecture, what to put into the file."""
+    return [flag for front, code in codes for flag in ("-gencode", f"arch=compute_{front},code={code}")]
 
 
 def wanted_architectures() -> tuple[list[str], list[str]]:
@@ -155,9 +154,8 @@ def probe_nvcc(path: str) -> Nvcc | str:
         with tempfile.TemporaryDirectory() as folder:
             source = Path(folder, "probe.cu")
             source.write_text("__global__ void probe() {}\n")
-            tried = run(
-                *NVCC_FLAGS, *gencode(architectures, ptx), "-o", str(source.with_suffix(".fatbin")), str(source)
-            )
+            flags = [*NVCC_FLAGS, *gencode([(a, f"sm_{a}") for a in architectures])]
+            tried = run(*flags, "-o", str(source.with_suffix(".fatbin")), str(source))
         if tried.returncode != 0:
             return f"{path} cannot compile an empty kernel: {(tried.stderr or tried.stdout).strip()[-300:]}"
         return nvcc
@@ -250,9 +248,9 @@ class NinjaFile:
         )
         fatbins = []
         for unit in SOURCES.units(CSRC).values():
-            architectures, ptx = SOURCES.chosen(unit.target, nvcc.architectures, nvcc.ptx)
-            for dtype in unit.target.dtypes if architectures else ():
-                flags = [*gencode(architectures, ptx), f"-DFASTLM_DTYPE={SOURCES.DTYPES[dtype]}", *unit.flags]
+            codes = SOURCES.codes(unit, *SOURCES.chosen(unit.target, nvcc.architectures, nvcc.ptx), CSRC)
+            for dtype in unit.target.dtypes if codes else ():
+                flags = [*gencode(codes), f"-DFASTLM_DTYPE={SOURCES.DTYPES[dtype]}", *unit.flags]
                 fatbins.append(self.add(folder / f"{unit.name}.{dtype}.fatbin", "nvcc", [CSRC / unit.source], flags))
         return fatbins
 

@@ -206,6 +206,24 @@ def test_what_is_made_of_a_unit(asked: str, ptx: str, ampere: str, hopper: str) 
             assert _sources.serves(binaries, texts, name) is _sources.runs(target, name)
 
 
+def test_architectures_share_ptx_where_the_source_asks_for_none_of_them(attention: Path) -> None:
+    units, asked = _sources.units(attention), ["80", "86", "90a", "100", "120"]
+    own = [("80", "sm_80"), ("90a", "sm_90a"), ("100", "sm_100"), ("120", "sm_120"), ("120", "compute_120")]
+
+    def codes(name: str, asked: list[str], ptx: list[str]) -> list[tuple[str, str]]:
+        return _sources.codes(units[name], *_sources.chosen(units[name].target, asked, ptx), attention)
+
+    assert codes("probe", asked, ["120"]) == [
+        ("80", "sm_80"), ("80", "sm_86"), ("90a", "sm_90a"), ("100", "sm_100"), ("100", "sm_120"),
+        ("100", "compute_100"),
+    ]  # fmt: skip
+    assert codes("probe", ["86", "89"], []) == [("86", "sm_86"), ("89", "sm_89")]  # 80 is not asked for
+    assert codes(f"{FORWARD}_64", asked, ["120"]) == [("80", "sm_80"), ("80", "sm_90a"), ("80", "compute_80")]
+    assert codes(f"{HOPPER}_64", asked, ["120"]) == [("90a", "sm_90a")]
+    (attention / "cuda" / "value.cuh").write_text("#if __CUDA_ARCH__ == 860\n#endif\n")
+    assert codes("probe", ["80", "90a", "100", "120"], ["120"]) == own
+
+
 def test_a_unit_is_loaded_by_its_name(tmp_path: Path, attention: Path, counted: Counted) -> None:
     package(tmp_path / "binaries", attention, "80 86 90a 120", "120")
     assert _binaries.load(f"{FORWARD}_64", "bfloat16", 80) == b"packaged bfloat16"
@@ -502,6 +520,22 @@ def test_the_sources_compile_from_memory_alone() -> None:
         sources = _sources.closure(unit.source, ROOT / "csrc")
         binary, log = compiler.compile(sources, _binaries.options(unit, "bfloat16", "90a"))
         assert binary[:4] == b"\x7fELF" and not log, log
+
+
+@needs_nvrtc
+@pytest.mark.parametrize(
+    "name",
+    ["softmax", *(u.name for u in _sources.units(ROOT / "csrc").values() if u.target.front and u.name.endswith("_32"))],
+)
+def test_ptx_is_shared_where_it_is_the_same(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Then what bench/cuda_binaries.py judges, compiled for each architecture, is what the package has."""
+    monkeypatch.setattr(_sources, "folder", lambda: ROOT / "csrc")
+    unit = _binaries._units()[name]
+    made, _ = _sources.chosen(unit.target, [*_sources.ARCHITECTURES], [])
+    for front, code in _sources.codes(unit, made, [], ROOT / "csrc"):
+        if (arch := code.removeprefix("sm_")) != front:
+            texts = [_binaries.compile(name, "bfloat16", f"{each}ptx").decode() for each in (front, arch)]
+            assert re.sub(r"\.target sm_\d+a?", "", texts[0]) == re.sub(r"\.target sm_\d+a?", "", texts[1]), code
 
 
 @needs_nvrtc

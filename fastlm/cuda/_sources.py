@@ -30,6 +30,8 @@ class Target(NamedTuple):
     """What alone is compiled ahead of time; empty for whatever is asked for."""
     ptx: str = ""
     """What GPUs compile from that none of the architectures serves; empty: those never run it."""
+    front: str = ""
+    """The architecture whose PTX all binaries are made of; empty: SAME_PTX says it."""
 
 
 class Unit(NamedTuple):
@@ -41,17 +43,23 @@ class Unit(NamedTuple):
 
 
 AMPERE = Target(("bfloat16", "float16"), ("80", "90a"), "80")
+AMPERE_ALONE = AMPERE._replace(front="80")  # without what sm_90 adds to mma.cuh
 HOPPER = Target(("bfloat16", "float16"), ("90a",))
 PER_HEAD_DIM = {
-    "attention_ampere_forward": ((32, 64, 96, 128, 192, 256), AMPERE),
+    "attention_ampere_forward": ((32, 64, 96, 128, 192, 256), AMPERE_ALONE),
     "attention_ampere_backward": ((32, 64, 96, 128, 192, 256), AMPERE),
-    "attention_ampere_bias": ((32, 64, 96, 128, 192, 256), AMPERE),
+    "attention_ampere_bias": ((32, 64, 96, 128, 192, 256), AMPERE_ALONE),
     "attention_hopper_forward": ((64, 128, 256), HOPPER),
     "attention_hopper_backward": ((64, 128), HOPPER),
 }
 """Sources that are compiled once for each of these FASTLM_HEAD_DIM, and for what. attention.h says which one a call
 takes."""
 
+SAME_PTX = {"86": "80", "89": "80", "120": "100"}
+"""The PTX of the first is that of the second but for its name, unless a source asks for one of them. Making PTX is two
+thirds of a compilation."""
+
+_ASKS_FOR_ONE = re.compile(r"__CUDA_ARCH__ ==")
 _INCLUDE = re.compile(r'^\s*#\s*include\s+"([^"]+)"', re.MULTILINE)
 
 
@@ -111,6 +119,16 @@ def chosen(target: Target, asked: list[str], ptx: list[str]) -> tuple[list[str],
         return asked, ptx
     rest = ptx or not all(serves(own, (), number(each)) for each in asked)
     return own, [target.ptx] if rest else []
+
+
+def codes(unit: Unit, asked: list[str], ptx: list[str], root: Path) -> list[tuple[str, str]]:
+    """What to put into a fatbin where these are chosen(): of PTX of which architecture, and what is made of it."""
+    shared = SAME_PTX if not _ASKS_FOR_ONE.search("".join(closure(unit.source, root).values())) else {}
+
+    def front(arch: str) -> str:
+        return unit.target.front or (shared[arch] if shared.get(arch) in asked else arch)
+
+    return [(front(a), f"sm_{a}") for a in asked] + [(front(a), f"compute_{front(a)}") for a in ptx]
 
 
 def closure(name: str, root: Path) -> dict[str, str]:
