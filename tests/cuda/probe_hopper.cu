@@ -80,6 +80,27 @@ __device__ void product_of(const TileArguments& p) {
   if (p.n == 5) product<N, SWIZZLE, true, false, true>(p);
 }
 
+/// A box of 64 x 3 x 2 x 2 x 2 numbers as it lies in shared memory, behind the first 512 bytes of out, which are copied
+/// as they are; its corner is 8 less than the digits of n to the base 16.
+__device__ void copies(const TileArguments& p) {
+  constexpr int ROWS = 3 * 2 * 2 * 2, BYTES = ROWS * 128;
+  const uint32_t tile = tiles_at(), plain = tile + BYTES, barrier = plain + 512;
+  const auto corner = [&](int i) { return static_cast<int>(p.n >> 4 * i & 15) - 8; };
+  if (threadIdx.x == 0) {
+    barrier_init(barrier, 1);
+    barrier_init_done();
+    prefetch(&p.maps[0]);
+    tile_load(tile, &p.maps[0], barrier, corner(0), corner(1), corner(2), corner(3), corner(4));
+    bulk_load(plain, p.out, 512, barrier);
+    barrier_expect(barrier, BYTES + 512);
+  }
+  __syncthreads();
+  barrier_wait(barrier, 0);
+  Words* out = reinterpret_cast<Words*>(p.out) + 32;
+  for (int i = static_cast<int>(threadIdx.x); i < (BYTES + 512) / 16; i += static_cast<int>(blockDim.x))
+    out[i] = load_shared(tile + 16 * i);
+}
+
 enum Fault {
   NONE,
   NO_FENCE_ASYNC,
@@ -200,6 +221,7 @@ FASTLM_KERNEL(probe_hopper, 13, 128, 1, TileArguments, product_of<176, 64>)
 FASTLM_KERNEL(probe_hopper, 14, 128, 1, TileArguments, product_of<192, 64>)
 FASTLM_KERNEL(probe_hopper, 15, 128, 1, TileArguments, product_of<256, 64>)
 FASTLM_KERNEL(probe_hopper, 16, 384, 1, TileArguments, pipeline)
+FASTLM_KERNEL(probe_hopper, 17, 128, 1, TileArguments, copies)
 
 #endif
 

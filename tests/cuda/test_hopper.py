@@ -16,7 +16,7 @@ HALVES = [(1, torch.bfloat16), (2, torch.float16)]
 WIDTHS = (32, 64, 80, 96, 128, 176, 192, 256)
 FORMS = {"along, along": 0, "along, across": 1, "across, along": 2, "across, across": 3,
          "registers, along": 4, "registers, across": 5}  # fmt: skip
-PIPELINE = 16
+PIPELINE, COPIES = 16, 17
 FAULTS = {
     "no fence_async": (1, "read by the async proxy before fence_async"),
     "fence_async of one thread": (2, "read by the async proxy before fence_async"),
@@ -77,6 +77,30 @@ def test_products(dtype: int, kind: torch.dtype, swizzle: int, n: int, form: str
     order = emulation.ORDERS[(n + dtype) // 16 % 3]
     run(order, WIDTHS.index(n) + 8 * (swizzle == 64), [*maps, maps[0]], out, dtype=dtype, threads=128, n=FORMS[form])
     torch.testing.assert_close(out, a.float() @ b.float().T, rtol=1e-5, atol=1e-4)
+
+
+@each_order
+@pytest.mark.parametrize(
+    "corner", [(0, 0, 0, 0, 0), (7, 1, 2, 1, 1), (-8, -1, -2, 2, 3), (7, 7, 0, 0, 0), (0, 0, 0, 0, 7)]
+)
+def test_copies(order: str, corner: tuple[int, ...]) -> None:
+    sizes, box = (4, 3, 4, 5, 80), (2, 2, 2, 3, 64)  # outermost first, as torch has them
+    x = torch.randn(sizes).bfloat16()
+    x = x.transpose(0, 2).contiguous().transpose(0, 2)  # strides in another order
+    padded = torch.zeros(*(8 + size + 8 + n for size, n in zip(sizes, box, strict=True)), dtype=x.dtype)
+    padded[tuple(slice(8, 8 + size) for size in sizes)] = x
+    at = corner[::-1]
+    want = padded[tuple(slice(8 + c, 8 + c + n) for c, n in zip(at, box, strict=True))].reshape(-1, 8, 8)
+    out = torch.empty(128 + 24 * 32 + 128)
+    out[:128] = torch.randn(128)
+    described = [x.data_ptr(), *sizes[::-1], *x.stride()[-2::-1], *box[::-1], 128]
+    n = sum((c + 8) << 4 * i for i, c in enumerate(corner))
+    run(order, COPIES, [described] * 3, out, dtype=1, threads=128, n=n)
+    rows = torch.arange(24)[:, None]
+    chunks = torch.arange(8) ^ rows % 8
+    got = out[128 : 128 + 24 * 32].view(torch.bfloat16).view(24, 8, 8)[rows, chunks]
+    assert torch.equal(got, want)
+    assert torch.equal(out[-128:], out[:128])
 
 
 def pipeline(order: str, tiles: int, fault: int = 0, dtype: int = 1, kind: torch.dtype = torch.bfloat16) -> None:
