@@ -162,7 +162,8 @@ __device__ __forceinline__ float mask_value(const void* mask, MaskKind kind, int
 }
 
 /// Products q k^T to logits in log2 units with all options but positions, of one head: factor, softcap, mask, ALiBi,
-/// documents, in this order. What is hidden is -inf. With STEEP `steep` becomes the slope of the softcap.
+/// documents, in this order. What is hidden is -inf. With STEEP `steep` becomes the slope of the softcap. Away
+/// from the edge all of these queries and keys are of one document (document_ranges).
 struct General {
   const AttentionArguments& a;
   const Extent& e;
@@ -179,7 +180,8 @@ struct General {
         documents_k(a.documents_k + static_cast<int64_t>(e.batch) * a.len_k) {}
 
   template <bool KEYS_BY_ROWS, bool STEEP, int R>
-  __device__ __forceinline__ void logits(float (&x)[R], float (&steep)[STEEP ? R : 1], int row, int column) const {
+  __device__ __forceinline__ void logits(float (&x)[R], float (&steep)[STEEP ? R : 1], int row, int column,
+                                         bool edge) const {
     const auto i_of = [&](int n) { return KEYS_BY_ROWS ? fragment_column(column, n) : fragment_row(row, n); };
     const auto j_of = [&](int n) { return KEYS_BY_ROWS ? fragment_row(row, n) : fragment_column(column, n); };
     if (a.softcap > 0) {
@@ -209,7 +211,7 @@ struct General {
       FASTLM_UNROLL
       for (int n = 0; n < R; ++n) x[n] -= fabsf(static_cast<float>(i_of(n) + e.distance - j_of(n))) * slope;
     }
-    if (a.documents_q) {
+    if (edge && a.documents_q) {
       FASTLM_UNROLL
       for (int n = 0; n < R; ++n) {
         const int i = i_of(n), j = j_of(n);

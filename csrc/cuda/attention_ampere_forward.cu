@@ -205,7 +205,7 @@ struct AmpereForward {
     FASTLM_UNROLL
     for (int b = 0; b < BLOCKS; ++b) {
       [[maybe_unused]] float steep[1];
-      if constexpr (GENERAL) general.template logits<false, false>(s[b], steep, i + 16 * b, n + lane_column());
+      if constexpr (GENERAL) general.template logits<false, false>(s[b], steep, i + 16 * b, n + lane_column(), EDGE);
       if constexpr (EDGE) hide<false>(s[b], i + 16 * b, n + lane_column(), e, a.before, a.after);
     }
     weigh(s);
@@ -321,10 +321,14 @@ __device__ __forceinline__ void attention_forward(const AttentionArguments& a) {
   f.finish(Forward::queries() + warp_row * BYTES);
 }
 
-#define FASTLM_FORWARD(variant)                                                                \
-  FASTLM_KERNEL(attention_ampere_forward, variant, 32 * ampere_forward(W).rows[variant].warps, \
-                ampere_forward(W).rows[variant].warps == 4 ? 2 : 1, AttentionArguments,        \
-                attention_forward<Scalar, variant>)
+/// Of a multiprocessor: what registers give.
+constexpr int blocks_of(int variant) {
+  const AttentionTile tile = ampere_forward(W).rows[variant];
+  return tile.warps > 4 ? 1 : tile.general && W <= 64 ? 3 : 2;
+}
+#define FASTLM_FORWARD(variant)                                                                                    \
+  FASTLM_KERNEL(attention_ampere_forward, variant, 32 * ampere_forward(W).rows[variant].warps, blocks_of(variant), \
+                AttentionArguments, attention_forward<Scalar, variant>)
 FASTLM_FORWARD(0)
 FASTLM_FORWARD(1)
 #if FASTLM_HEAD_DIM >= 128

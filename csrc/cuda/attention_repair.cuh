@@ -48,7 +48,7 @@ struct OneQuery {
   /// In units of log2, -inf where it is hidden.
   __device__ float logit(const float (&k)[8], int j, float& steep) const {
     float x[1] = {dot(q, k)}, s[1];
-    general.template logits<false, true>(x, s, i, j);
+    general.template logits<false, true>(x, s, i, j, true);
     steep = s[0];
     return x[0];
   }

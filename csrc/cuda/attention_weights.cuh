@@ -71,7 +71,7 @@ template <bool GENERAL, bool STEEP, int R, class Pair>
 __device__ __forceinline__ void weigh_fragment(float (&s)[R], float (&dp)[R], const AttentionArguments& a,
                                                const Extent& e, int head, int i, int j, bool edge, const Pair& row) {
   [[maybe_unused]] float steep[STEEP ? R : 1];
-  if constexpr (GENERAL) General(a, e, head).template logits<false, STEEP>(s, steep, i, j);
+  if constexpr (GENERAL) General(a, e, head).template logits<false, STEEP>(s, steep, i, j, edge);
   if (edge) {
     hide<false>(s, i, j, e, a.before, a.after);
     FASTLM_UNROLL
