@@ -19,8 +19,9 @@ import torch
 from torch import Tensor
 
 Run = Callable[[], Any]
-OWN = ("fastlm", "triton", "cuda")
-"""Providers that are ours: the backend that is chosen, and others that are not, by name."""
+OWN = ("fastlm", "triton", "cuda", "cuda sm_80")
+"""Providers that are ours: the backend that is chosen, and others that are not, by name; on sm_90 attention has the
+kernels of sm_80 too."""
 
 
 def forward_backward(function: Callable[..., Any], inputs: Sequence[Any]) -> Run:

@@ -1,6 +1,6 @@
 """Host microseconds from a call in Python to the CUDA driver's launch, without a GPU.
 
-    python -m bench.launch_cuda                  every op of the cuda backend, forward and backward, at width 768
+    python -m bench.launch_cuda                  the cuda backend's ops but attention, both ways, at width 768
     python -m bench.launch_cuda gelu rms_norm    some of them
     python -m bench.launch_cuda --save           also write bench/results/launch_cuda.json
 

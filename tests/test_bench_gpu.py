@@ -20,10 +20,11 @@ from bench import peers, report
 from bench.gpu import __main__ as driver
 from bench.gpu import checks, tables, worker
 from bench.gpu.clock import CudaClock
-from bench.gpu.items import Item, attention_items, forced, op_items, train_items
+from bench.gpu.items import Item, OfAmpere, attention_items, forced, op_items, train_items
 from bench.gpu.record import Record
 from bench.harness import Case, Clock, forward_backward
 from fastlm import ops
+from fastlm.cuda import attention as cuda_attention
 
 ROOT = Path(__file__).resolve().parent.parent
 DRY = ["--device", "cpu", "--small"]
@@ -247,6 +248,31 @@ def test_the_sweep_of_attention(monkeypatch: pytest.MonkeyPatch) -> None:
     assert by["attention backward causal B1 H16 S16384 D128 bfloat16"] == 2.5 * full / 2
     assert by["attention both causal B1 H16 S16384 D128 bfloat16"] == 3.5 * full / 2
     assert len(by) == 6 * 3 * 2 * 3 and all("both" in name for name in list(by)[72:])
+
+
+def test_the_kernels_of_sm_80_are_timed_beside_those_of_sm_90(monkeypatch: pytest.MonkeyPatch) -> None:
+    """In forward and backward, and nothing else is."""
+    monkeypatch.setattr("bench.gpu.items.ours", lambda: ["cuda"])
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (9, 0))
+    seen: list[bool] = []
+
+    class Look(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx: Any, x: torch.Tensor) -> torch.Tensor:
+            seen.append(cuda_attention.HOPPER)
+            return x.clone()
+
+        @staticmethod
+        def backward(ctx: Any, grad: torch.Tensor) -> torch.Tensor:
+            seen.append(cuda_attention.HOPPER)
+            return grad
+
+    (item, *_) = [i for i in attention_items(small=True) if i.name.startswith("attention both")]
+    assert {"cuda", "cuda sm_80"} <= set(item.case.functions)
+    for function, path in ((Look.apply, True), (OfAmpere(Look.apply), False)):
+        seen.clear()
+        item.case.runner(function, [torch.ones(2, requires_grad=True)])()
+        assert seen == [path, path] and cuda_attention.HOPPER
 
 
 def test_flash_attention_of_either_release(monkeypatch: pytest.MonkeyPatch) -> None:

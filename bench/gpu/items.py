@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from functools import partial
 from itertools import product
 from typing import Any
+from unittest import mock
 
 import torch
 import torch.nn.functional as F
@@ -15,10 +16,11 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from bench.__main__ import SUITES
-from bench.harness import Case, backward_only, forward_backward, forward_only
+from bench.harness import Case, Run, backward_only, forward_backward, forward_only
 from bench.peers import peers
 from fastlm import cuda, ops, use_backend
 from fastlm._dispatch import Op
+from fastlm.cuda import attention as cuda_attention
 from fastlm.kernels import _platform
 
 
@@ -130,6 +132,40 @@ DIRECTIONS: dict[Any, tuple[str, float, float]] = {
 """With operations for each query, key and channel, as the papers count, and tensors that cross the bus."""
 
 
+class OfAmpere:
+    """A function that calls attention, for the kernels of sm_80 where there are others: only along_paths() heeds it."""
+
+    def __init__(self, function: Callable[..., Any]) -> None:
+        self.call = function
+
+    def __call__(self, *inputs: Any) -> Any:
+        return self.call(*inputs)
+
+
+def along_paths(runner: Callable[..., Run]) -> Callable[..., Run]:
+    """The runner, whose backward pass too takes the kernels that its function is for."""
+
+    def build(function: Callable[..., Any], inputs: Sequence[Any]) -> Run:
+        if not isinstance(function, OfAmpere):
+            return runner(function, inputs)
+        ampere = mock.patch.object(cuda_attention, "HOPPER", False)
+        with ampere:
+            run = runner(function, inputs)
+
+        def timed() -> Any:
+            with ampere:
+                return run()
+
+        return timed
+
+    return build
+
+
+def of_ampere(function: Callable[..., Any]) -> dict[str, Callable[..., Any]]:
+    there = "cuda" in ours() and torch.cuda.get_device_capability() == (9, 0)
+    return {"cuda sm_80": OfAmpere(forced("cuda", function))} if there else {}
+
+
 def sdpa(backend: SDPBackend, causal: bool, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     with sdpa_kernel(backend):
         return F.scaled_dot_product_attention(q, k, v, is_causal=causal)
@@ -142,6 +178,7 @@ def attention_case(
     direction, operations, tensors = DIRECTIONS[runner]
     fused = partial(ops.attention, causal=causal)
     functions: dict[str, Callable[..., Any]] = {"fastlm": fused} | each_of_ours("attention", fused)
+    functions |= of_ampere(fused)
     functions |= {name: partial(sdpa, backend, causal) for name, backend in BACKENDS.items()}
     return Case(
         f"attention {direction}{' causal' if causal else ''}",
@@ -151,7 +188,7 @@ def attention_case(
         functions | peers(f"attention{' causal' if causal else ''}"),
         bytes=tensors * size,
         flops=operations * pairs * d,
-        runner=runner,
+        runner=along_paths(runner),
     )
 
 
