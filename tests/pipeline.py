@@ -8,7 +8,7 @@ check() goes through all states that any order of the roles and of the copy engi
     - more arrivals than a barrier counts; two generations of a numbered barrier mixed,
     - bytes read before they are written, or written while somebody may still read or write them,
     - writes of threads that products or the copy engine read without fence_async() of every thread that wrote,
-    - copies and stores that nobody waits for.
+    - copies and stores that nobody waits for, turns passed on before what was to be added is there.
 
 What begins begins as soon as it may, what goes on ends as late as it may: a read or a write of threads is over for
 others when its warp next tells somebody, a product or a bulk store when moreover its own wait covered it, a load when
@@ -76,12 +76,14 @@ class Role:
     def shares(self, i: int, warps: frozenset[int]) -> bool:
         return bool(self.events[i].warps & warps)
 
-    def covered(self, i: int) -> int | None:
-        """Index behind which access i is over for who did it; None: never. Loads: by their barrier, not here."""
+    def covered(self, i: int, only: str = "") -> int | None:
+        """Index behind which access i is over for who did it, by its waits or one of them alone; None: never. Loads:
+        by their barrier, not here."""
         event = self.events[i]
         if event.what not in GROUPS:
             return i + 1
         commit, waits = GROUPS[event.what]
+        waits = (only,) if only else waits
         later = -1  # groups since, the access's own not counted
         for j in range(i + 1, len(self.events)):
             other = self.events[j]
@@ -137,6 +139,25 @@ class Role:
                 others -= event.warps
             if event.ranges and event.warps & others:
                 raise Fault(f"{self.name}: {event} by warps that have not waited: {self.events[i]}")
+
+    def check_turns(self) -> None:
+        """What adds to global memory stands between the wait for a turn and its passing on, and is written by then."""
+        any_turn = any(e.what == "await_turn" for e in self.events)
+        turn: Event | None = None
+        stores: list[int] = []
+        for i, event in enumerate(self.events):
+            if event.what == "await_turn":
+                turn, stores = event, []
+            elif event.what == "store" and any_turn:
+                stores.append(i)
+                if turn is None:
+                    raise Fault(f"{self.name}: {event} out of turn")
+            elif event.what == "pass_turn":
+                if turn is None or (turn.a, turn.b + 1) != (event.a, event.b):
+                    raise Fault(f"{self.name}: {event} passes on a turn that it has not: {turn}")
+                if any((self.covered(j, "bulk_wait") or i + 1) > i for j in stores):
+                    raise Fault(f"{self.name}: {event} before what it stores is written")
+                turn = None
 
     def ordered(self, i: int, j: int) -> bool:
         """Whether access i of this role has ended when its access j begins."""
@@ -392,7 +413,16 @@ class Model:
 
 
 def overlap(one: Sequence[Range], other: Sequence[Range]) -> bool:
-    return any(a < d and c < b for a, b in one for c, d in other)
+    """Both in ascending order."""
+    i = j = 0
+    while i < len(one) and j < len(other):
+        if one[i][0] < other[j][1] and other[j][0] < one[i][1]:
+            return True
+        if one[i][1] <= other[j][1]:
+            i += 1
+        else:
+            j += 1
+    return False
 
 
 # --- what a kernel did -----------------------------------------------------------------------------------------------
@@ -400,7 +430,7 @@ def overlap(one: Sequence[Range], other: Sequence[Range]) -> bool:
 ALONE = frozenset({"read", "write", "copy", "load", "store", "fence_async", "copy_commit", "copy_wait", "bulk_commit",
                    "bulk_wait_read", "bulk_wait", "syncwarp"})  # fmt: skip
 """What a warp does by itself. The rest the warps of a role do together, as far as they do it."""
-SILENT = frozenset({"init", "init_done", "registers", "warpgroup_fence", "await_turn", "pass_turn", "count"})
+SILENT = frozenset({"init", "init_done", "registers", "warpgroup_fence", "count"})
 RUNS = frozenset({"read", "write", "copy", "multiply"})
 """One after the other they are one, with all that they read or write; like these, others have a range for a and b."""
 Traced = tuple[int, int, str, int, int, int]
@@ -423,18 +453,20 @@ def blocks(traces: Iterable[Traced]) -> Iterator[list[Traced]]:
 
 def programs(block: Sequence[Traced]) -> tuple[dict[str, list[Event]], dict[int, int]]:
     """Its roles, and the arrivals that its barriers count."""
-    threads: dict[int, list[Event]] = {thread: [] for thread in range(block[0][4])}
+    noted: dict[int, list[tuple[str, int, int, int, set[Range]]]] = {thread: [] for thread in range(block[0][4])}
     counts = {a: b for _, _, what, a, b, _ in block if what == "init"}
     for _, thread, what, a, b, c in block[1:]:
-        if what in SILENT:
-            continue
-        mine, event = threads[thread], Event(what, a, b, c, warps=frozenset({thread // 32}))
-        if what in RUNS | {"store", "load"}:
-            event = event._replace(a=0, ranges=((a, a + b),))
-        if mine and what == mine[-1].what in RUNS:
-            mine[-1] = mine[-1]._replace(ranges=(*mine[-1].ranges, *event.ranges))
-        else:
-            mine.append(event._replace(b=0) if what in RUNS else event)
+        mine = noted[thread]
+        if what in RUNS and mine and mine[-1][0] == what:
+            mine[-1][4].add((a, a + b))
+        elif what in RUNS or what in ("store", "load"):
+            mine.append((what, 0, 0 if what in RUNS else b, c, {(a, a + b)}))
+        elif what not in SILENT:
+            mine.append((what, a, b, c, set()))
+    threads = {
+        thread: [Event(*event[:4], warps=frozenset({thread // 32}), ranges=tuple(event[4])) for event in events]
+        for thread, events in noted.items()
+    }
     multiplying = {t // 128 for t, events in threads.items() if any(e.what == "multiply" for e in events)}
     members: dict[str, list[int]] = {}
     for t in threads:
@@ -502,6 +534,7 @@ def check(roles: Mapping[str, list[Event]], counts: Mapping[int, int], most: int
     """Raises Fault, or gives the number of states. counts: arrivals of each mbarrier's phase, by its address."""
     model = Model([Role(name, list(events)) for name, events in roles.items()], counts)
     for role in model.roles:
+        role.check_turns()
         for i, event in enumerate(role.events):
             if event.what in GROUPS and role.covered(i) is None:
                 raise Fault(f"{role.name}: {event}: nobody waits for its end")

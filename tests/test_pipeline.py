@@ -218,3 +218,30 @@ def test_what_threads_wrote_is_fenced_for_their_own_product() -> None:
     for wrong in ([write, multiply], [fence, write, multiply]):
         with pytest.raises(Fault, match="its own write"):
             check({"group": [*wrong, *rest]}, {})
+
+
+def test_a_wait_is_for_those_who_take_part() -> None:
+    both = frozenset({0, 1})
+    events = [
+        Event("wait", FULL, 0, threads=32), Event("named_sync", 1, 64, threads=64, warps=both),
+        at("read", 0, threads=64)._replace(warps=both),
+    ]  # fmt: skip
+    loads = [Event("expect", FULL, TILE), at("load", 0, barrier=FULL)]
+    assert check({"loads": loads, "reads": events}, {FULL: 1}) > 2
+    with pytest.raises(Fault, match="by warps that have not waited"):
+        check({"loads": loads, "reads": [events[0], events[2]]}, {FULL: 1})
+
+
+def test_turns_are_passed_on_when_all_is_written() -> None:
+    turn = [Event("await_turn", 1, 4), at("store", 0), Event("bulk_commit"), Event("bulk_wait", 0),
+            Event("pass_turn", 1, 5)]  # fmt: skip
+    assert check({"adds": turn}, {}) == 1
+    early = [*turn[:3], Event("bulk_wait_read", 0), turn[4], turn[3]]
+    for wrong, found in (
+        (early, "before what it stores is written"),
+        (turn[1:], "passes on a turn that it has not"),
+        ([*turn[:4], Event("pass_turn", 1, 6)], "passes on a turn that it has not"),
+        ([*turn[1:4], *turn], "out of turn"),
+    ):
+        with pytest.raises(Fault, match=found):
+            check({"adds": wrong}, {})
