@@ -129,7 +129,7 @@ __device__ __forceinline__ int fragment_column(int first, int e) { return first 
 __device__ __forceinline__ int lane_row() { return static_cast<int>(threadIdx.x) % 32 / 4; }
 __device__ __forceinline__ int lane_column() { return 2 * (static_cast<int>(threadIdx.x) % 4); }
 
-/// -inf where positions hide a key: i - before <= j <= i + after, and j < len_k. Queries behind the last are whatever.
+/// -inf where positions hide a key: i - before <= j <= i + after, and j < len_k. Queries behind the last see nothing.
 /// Two comparisons and a selection each: with bounds of rows, because a condition of more parts becomes branches.
 template <bool KEYS_BY_ROWS, int R>
 __device__ __forceinline__ void hide(float (&x)[R], int row, int column, const Extent& e, bool has_before,
@@ -140,9 +140,9 @@ __device__ __forceinline__ void hide(float (&x)[R], int row, int column, const E
     const int r = row + 8 * half;
     if constexpr (KEYS_BY_ROWS) {
       low[half] = has_after ? r - e.after : 0;
-      high[half] = r >= e.len_k ? -1 : has_before ? r + e.before : FAR;
+      high[half] = r >= e.len_k ? -1 : min_of(has_before ? r + e.before : FAR, e.len_q - 1);
     } else {
-      low[half] = has_before ? r - e.before : 0;
+      low[half] = r >= e.len_q ? FAR : has_before ? r - e.before : 0;
       high[half] = min_of(has_after ? r + e.after : FAR, e.len_k - 1);
     }
   }

@@ -76,10 +76,23 @@ struct AmpereBackward {
     __syncthreads();
   }
 
+  /// Over the group's heads, and in each over the tiles of queries.
+  struct Step {
+    int head, m;
+  };
+  __device__ __forceinline__ int group() const { return a.heads / a.kv_heads; }
+  __device__ __forceinline__ int tiles() const { return max_of(r.high - r.low + M - 1, 0) / M; }
+  __device__ __forceinline__ Step after(Step s) const {
+    return s.m + M < r.high ? Step{s.head, s.m + M} : Step{s.head + 1, r.low};
+  }
+  __device__ __forceinline__ Step before(Step s) const {
+    return s.m > r.low ? Step{s.head, s.m - M} : Step{s.head - 1, r.low + (tiles() - 1) * M};
+  }
+
   static __device__ __forceinline__ uint32_t memory() { return shared_address(shared<char>()); }
   __device__ __forceinline__ int turn_at(int m) const { return turn_of<M, N>(a, e, at.place.tile, m / M); }
-  __device__ __forceinline__ int* turn(int head, int m) const {
-    return a.turns + 1 + sum_tile<M>(a, e, at.place.batch, head, m / M);
+  __device__ __forceinline__ int* turn(Step s) const {
+    return a.turns + 1 + sum_tile<M>(a, e, at.place.batch, s.head, s.m / M);
   }
 
   __device__ __forceinline__ void copy_keys() const {
@@ -90,31 +103,32 @@ struct AmpereBackward {
          a.width_v)
         .template copy<N, true>(memory() + V, 0);
   }
-  __device__ __forceinline__ Numbers numbers(int step) const {
-    return {shared<float>(ROWS + step % 2 * Numbers::BYTES)};
+  __device__ __forceinline__ Numbers numbers(int parity) const {
+    return {shared<float>(ROWS + parity * Numbers::BYTES)};
   }
-  __device__ __forceinline__ float load_number(int step) const { return Numbers::load(a, e, head(step), m(step)); }
+  __device__ __forceinline__ float load_number(Step step) const { return Numbers::load(a, e, step.head, step.m); }
   /// To `stage` bytes behind the start of their room.
-  __device__ __forceinline__ void copy_queries(int step, uint32_t stage) const {
-    Rows(rows_of(static_cast<const T*>(a.q), a.q_at, e.batch, head(step), e.start_q), a.q_at.row, e.len_q, a.d)
-        .template copy<M, true>(memory() + Q + stage, m(step));
-    Rows(rows_of(static_cast<const T*>(a.dout), a.dout_at, e.batch, head(step), e.start_q), a.dout_at.row, e.len_q,
+  __device__ __forceinline__ void copy_queries(Step step, uint32_t stage) const {
+    Rows(rows_of(static_cast<const T*>(a.q), a.q_at, e.batch, step.head, e.start_q), a.q_at.row, e.len_q, a.d)
+        .template copy<M, true>(memory() + Q + stage, step.m);
+    Rows(rows_of(static_cast<const T*>(a.dout), a.dout_at, e.batch, step.head, e.start_q), a.dout_at.row, e.len_q,
          a.width_v)
-        .template copy<M, true>(memory() + DOUT + stage, m(step));
+        .template copy<M, true>(memory() + DOUT + stage, step.m);
     copy_commit();
   }
 
   /// From the products s = q k^T and dp = dout v^T to the weights and the gradients of the logits, rounded, in shared
   /// memory.
   __device__ __forceinline__ void weigh(float (&s)[Weights::BLOCKS][Weights::NUMBERS],
-                                        float (&dp)[Weights::BLOCKS][Weights::NUMBERS], int step) const {
-    const int m = this->m(step), pair = 2 * (thread_here() % 4);
+                                        float (&dp)[Weights::BLOCKS][Weights::NUMBERS], Step step,
+                                        const Numbers& numbers) const {
+    const int m = step.m, pair = 2 * (thread_here() % 4);
     const bool edge = m < r.middle || m >= r.end || at.first + N > e.len_k;
     FASTLM_UNROLL
     for (int block = 0; block < Weights::BLOCKS; ++block) {
       const int row = Weights::row() + 16 * block + thread_here() % 32 / 4;
-      weigh_fragment<GENERAL, GENERAL>(s[block], dp[block], a, e, head(step), m + row,
-                                       at.first + Weights::column() + pair, edge, numbers(step).at(row));
+      weigh_fragment<GENERAL, GENERAL>(s[block], dp[block], a, e, step.head, m + row,
+                                       at.first + Weights::column() + pair, edge, numbers.at(row));
       FASTLM_UNROLL
       for (int n = 0; n < Weights::NUMBERS; n += 2) {
         const int to = swizzled<2 * N>(fragment_row(row, n), Weights::column() / 8 + n / 4) + 2 * pair;
@@ -124,9 +138,9 @@ struct AmpereBackward {
     }
   }
 
-  __device__ __forceinline__ void add_queries(const float (&dq)[Queries::BLOCKS][Queries::NUMBERS], int step) const {
+  __device__ __forceinline__ void add_queries(const float (&dq)[Queries::BLOCKS][Queries::NUMBERS], Step step) const {
     const int lane = thread_here() % 32;
-    float* const sum = a.dq_sum + sum_tile<M>(a, e, at.place.batch, head(step), m(step) / M) * (M * W) +
+    float* const sum = a.dq_sum + sum_tile<M>(a, e, at.place.batch, step.head, step.m / M) * (M * W) +
                        (Queries::row() + lane / 4) * W + Queries::column() + 2 * (lane % 4);
     FASTLM_UNROLL
     for (int block = 0; block < Queries::BLOCKS; ++block) {
@@ -137,62 +151,58 @@ struct AmpereBackward {
     }
   }
 
-  // Step by step: over the group's heads, and in each over the tiles of queries.
-  __device__ __forceinline__ int group() const { return a.heads / a.kv_heads; }
-  __device__ __forceinline__ int tiles() const { return max_of(r.high - r.low + M - 1, 0) / M; }
-  __device__ __forceinline__ int head(int step) const { return at.place.head * group() + step / tiles(); }
-  __device__ __forceinline__ int m(int step) const { return r.low + step % tiles() * M; }
-
   __device__ __forceinline__ void walk() {
     const int steps = group() * tiles();
     if (steps > 0) {
       copy_keys();
-      copy_queries(0, 0);
-      numbers(0).store(load_number(0), a, e, head(0), m(0));
-      for (int step = 0; step < steps; ++step) {
-        const uint32_t stage = STAGES == 2 ? step % 2 * M * BYTES : 0, q = memory() + Q + stage;
+      Step step{at.place.head * group(), r.low};
+      copy_queries(step, 0);
+      numbers(0).store(load_number(step), a, e, step.head, step.m);
+      for (int count = 0; count < steps; ++count, step = after(step)) {
+        const int parity = count % 2;
+        const uint32_t stage = STAGES == 2 ? parity * M * BYTES : 0, q = memory() + Q + stage;
         const uint32_t dout = memory() + DOUT + stage;
-        const bool more = step + 1 < steps;
+        const bool more = count + 1 < steps;
         copy_wait<0>();
         __syncthreads();
-        if (step > 0) pass(step - 1);
-        if (STAGES == 2 && more) copy_queries(step + 1, M * BYTES - stage);
+        if (count > 0) pass(before(step));
+        if (STAGES == 2 && more) copy_queries(after(step), M * BYTES - stage);
         {
           float s[Weights::BLOCKS][Weights::NUMBERS] = {}, dp[Weights::BLOCKS][Weights::NUMBERS] = {};
           multiply_tile<T, W / 16>(s, Operand<BYTES, true, false>(q, Weights::row()),
                                    Operand<BYTES, false, false>(memory() + K, Weights::column()));
           multiply_tile<T, W / 16>(dp, Operand<BYTES, true, false>(dout, Weights::row()),
                                    Operand<BYTES, false, false>(memory() + V, Weights::column()));
-          weigh(s, dp, step);
+          weigh(s, dp, step, numbers(parity));
         }
-        const float number = more ? load_number(step + 1) : 0;
+        const float number = more ? load_number(after(step)) : 0;
         __syncthreads();
         multiply_tile<T, M / 16>(dv, Operand<2 * N, true, true>(memory() + P, Keys::row()),
                                  Operand<BYTES, false, true>(dout, Keys::column()));
         multiply_tile<T, M / 16>(dk, Operand<2 * N, true, true>(memory() + DS, Keys::row()),
                                  Operand<BYTES, false, true>(q, Keys::column()));
-        if (more) numbers(step + 1).store(number, a, e, head(step + 1), m(step + 1));
+        if (more) numbers(parity ^ 1).store(number, a, e, after(step).head, after(step).m);
         if constexpr (STAGES == 1) {
           __syncthreads();
-          if (more) copy_queries(step + 1, 0);
+          if (more) copy_queries(after(step), 0);
         }
         float dq[Queries::BLOCKS][Queries::NUMBERS] = {};
         multiply_tile<T, N / 16>(dq, Operand<2 * N, true, false>(memory() + DS, Queries::row()),
                                  Operand<BYTES, false, true>(memory() + K, Queries::column()));
         if (a.ordered) {
-          if (thread_here() == 0) await_turn(turn(head(step), m(step)), turn_at(m(step)));
+          if (thread_here() == 0) await_turn(turn(step), turn_at(step.m));
           __syncthreads();
         }
         add_queries(dq, step);
       }
       __syncthreads();
-      pass(steps - 1);
+      pass(before(step));
     }
     if (GENERAL && a.documents_q && a.ordered) skip();
   }
   /// The turn at a tile of queries to which all of this block have added, a barrier ago.
-  __device__ __forceinline__ void pass(int step) const {
-    if (a.ordered && thread_here() == 0) pass_turn(turn(head(step), m(step)), turn_at(m(step)) + 1);
+  __device__ __forceinline__ void pass(Step step) const {
+    if (a.ordered && thread_here() == 0) pass_turn(turn(step), turn_at(step.m) + 1);
   }
   /// Turns at tiles of queries to which documents leave nothing to add.
   __device__ __forceinline__ void skip() const {
@@ -201,8 +211,8 @@ struct AmpereBackward {
       const int head = at.place.head * group() + member;
       for (int m = at.seen.low + M * static_cast<int>(threadIdx.x); m < at.seen.high; m += M * THREADS) {
         if (m >= r.low && m < end) continue;
-        await_turn(turn(head, m), turn_at(m));
-        pass_turn(turn(head, m), turn_at(m) + 1);
+        await_turn(turn({head, m}), turn_at(m));
+        pass_turn(turn({head, m}), turn_at(m) + 1);
       }
     }
   }

@@ -72,13 +72,7 @@ __device__ __forceinline__ void weigh_fragment(float (&s)[R], float (&dp)[R], co
                                                const Extent& e, int head, int i, int j, bool edge, const Pair& row) {
   [[maybe_unused]] float steep[STEEP ? R : 1];
   if constexpr (GENERAL) General(a, e, head).template logits<false, STEEP>(s, steep, i, j, edge);
-  if (edge) {
-    hide<false>(s, i, j, e, a.before, a.after);
-    FASTLM_UNROLL
-    for (int n = 0; n < R; ++n) {
-      if (fragment_row(i, n) >= e.len_q) s[n] = -INF;  // whatever the keys are
-    }
-  }
+  if (edge) hide<false>(s, i, j, e, a.before, a.after);
   FASTLM_UNROLL
   for (int n = 0; n < R; ++n) s[n] = exp2_fast((GENERAL ? s[n] : s[n] * a.factor) - row.shift[n >> 1 & 1]);
   [[maybe_unused]] uint32_t dropped = 0;  // a bit for each
