@@ -92,7 +92,7 @@ __device__ __forceinline__ void read_sum(float (&x)[8], const AttentionFinish& p
     FASTLM_UNROLL
     for (int c = 0; c < 8; ++c) x[c] = tile[hopper_dq_place(p.width, row, column + c)];
   } else {
-    const float* from = tile + row * p.width + column;
+    const float* from = tile + ampere_dq_place(p.width, row, column);
     const Words low = load_words_once(from), high = load_words_once(from + 4);
     const uint32_t words[8] = {low.x, low.y, low.z, low.w, high.x, high.y, high.z, high.w};
     FASTLM_UNROLL

@@ -61,7 +61,12 @@ __device__ __forceinline__ int64_t sum_tile(const AttentionArguments& a, const E
   if (a.cu_q) return static_cast<int64_t>(head) * a.tiles_q + (e.start_q / size + batch + m);
   return (static_cast<int64_t>(batch) * a.heads + head) * a.tiles_q + m;
 }
-/// Where such a tile of M rows of W has an element on the path of sm_90a: each warp group of its backward makes 64 x 64
+/// Where such a tile of rows of W has an element on the path of sm_80: 8 x 8 follow each other, what one instruction of
+/// a warp adds.
+constexpr __device__ __forceinline__ int ampere_dq_place(int w, int row, int column) {
+  return (row / 8 * (w / 8) + column / 8) * 64 + row % 8 * 8 + column % 8;
+}
+/// Where a tile of M rows of W has an element on the path of sm_90a: each warp group of its backward makes 64 x 64
 /// of it, as many rows as there are or as many columns, and leaves it as its registers hold it, four by four.
 constexpr __device__ __forceinline__ int hopper_dq_place(int w, int row, int column) {
   const int group = w == 64 ? row / 64 : column / 64, r = row % 64, c = column % 64;

@@ -139,14 +139,14 @@ struct AmpereBackward {
   }
 
   __device__ __forceinline__ void add_queries(const float (&dq)[Queries::BLOCKS][Queries::NUMBERS], Step step) const {
-    const int lane = thread_here() % 32;
     float* const sum = a.dq_sum + sum_tile<M>(a, e, at.place.batch, step.head, step.m / M) * (M * W) +
-                       (Queries::row() + lane / 4) * W + Queries::column() + 2 * (lane % 4);
+                       ampere_dq_place(W, Queries::row(), Queries::column()) + 2 * (thread_here() % 32);
     FASTLM_UNROLL
     for (int block = 0; block < Queries::BLOCKS; ++block) {
       FASTLM_UNROLL
       for (int n = 0; n < Queries::NUMBERS; n += 2) {
-        add_global(sum + fragment_row(16 * block, n) * W + fragment_column(0, n), dq[block][n], dq[block][n + 1]);
+        add_global(sum + ampere_dq_place(W, fragment_row(16 * block, n), fragment_column(0, n)), dq[block][n],
+                   dq[block][n + 1]);
       }
     }
   }
