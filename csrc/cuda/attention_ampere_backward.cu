@@ -15,12 +15,16 @@
 // Sums are added in turn, so that every run gives the same bits (place_keys(), turn_of()); that costs one barrier a
 // tile. Documents leave tiles out that positions do not: their turns are passed all the same, at the end.
 //
-// Registers (ptxas of CUDA 13.0, 255 is the limit; no spills on sm_80, sm_90, sm_120): 32 columns 142, 64: 255 (128 x
-// 128) and 186, 96: 235 and 151, 128: 251 and 168, 192: 210 and 193, 256: 253 and 235. Before: up to 332 bytes of
-// spills. What cost them, in this order: addresses of operands computed ahead of the loop (thread_here()), the block's
-// own numbers (they are in shared memory now), counters of head and tile (they are computed of the step), offsets of
-// rows added before the swizzle instead of behind it, where they are part of the instruction. Three loops, for edges
-// and the middle, are one with a branch: the masks are a small part here.
+// Sums of dq lie in blocks of 8 x 8 (ampere_dq_place()), so that what a warp adds at once is 256 bytes in a row: by
+// rows of W it would be 8 lines of the cache.
+//
+// Registers (ptxas of CUDA 13.0, the most of sm_80 and sm_90, 255 is the limit; no spills there and on sm_120), the
+// widest and the narrowest tile: 32 columns 168, 64: 255 (128 x 128) and 205, 96: 239 and 164, 128: 255 and 181, 192:
+// 214 and 199, 256: 251 and 238. At first 64 and 128 columns spilled 332 and 204 bytes. What cost them, in this order:
+// addresses of operands computed ahead of the loop (thread_here()), the block's own numbers (they are in shared memory
+// now), offsets of rows added before the swizzle instead of behind it, where they are part of the instruction. Counters
+// that are divided by the number of tiles instead of carried along took 2 registers less and 200 instructions of 1450 a
+// tile more. Three loops, for edges and the middle, are one with a branch: the masks are a small part here.
 //
 // None of this has run on a GPU: numbers are those of the emulation, registers those of the compiler.
 #include "cuda/attention_ampere.h"

@@ -8,7 +8,7 @@
 // atomics: every run gives the same bits. It copies all four tiles for each step and waits for them; other blocks of
 // the multiprocessor compute meanwhile (3 or more with 64 columns, 2 with 128).
 //
-// Registers (ptxas of CUDA 13.0, no spills on sm_80, sm_90, sm_120): 165 to 168 up to 96 columns, 204 with 128, 108
+// Registers (ptxas of CUDA 13.0, no spills on sm_80, sm_90, sm_120): 168 up to 96 columns, 211 with 128, 110
 // above, where tiles are 32 x 32. 3 blocks with 128 columns spill 20 bytes and would not fit into shared memory. Never
 // run on a GPU.
 #include "cuda/attention_ampere.h"
