@@ -34,11 +34,9 @@ bool met[MAX_WARPS / 4][2];  // whether the meeting's work is done
 
 Thread& me() { return threads[thread_number()]; }
 
-constexpr unsigned char UNDER_WAY = 0xff;  // a NaN of these bytes
-bool under_way(const float* d, size_t n) {
-  const auto* bytes = reinterpret_cast<const unsigned char*>(d);
-  return std::all_of(bytes, bytes + 4 * n, [](unsigned char c) { return c == UNDER_WAY; });
-}
+constexpr int MOST = 128;                                    // registers of a thread that products add to
+const std::vector<unsigned char> UNDER_WAY(4 * MOST, 0xff);  // NaN
+bool under_way(const float* d, size_t n) { return std::memcmp(d, UNDER_WAY.data(), 4 * n) == 0; }
 
 /// Bytes of a panel's rows.
 int width_of(uint64_t descriptor) {
@@ -116,14 +114,14 @@ float widened(uint16_t bits, bool half) {
   return f;
 }
 
-/// 16 x n of a warp: out[16][n] = a[16][K] b[n][K]^T.
-__attribute__((no_sanitize("address", "undefined"))) void arithmetic(const float (&a)[16][K], const uint16_t* b, int n,
-                                                                     bool half, Vector (&out)[16][32]) {
+/// out[64][n] = a[64][K] b[n][K]^T.
+__attribute__((no_sanitize("address", "undefined"))) void arithmetic(const float (&a)[64][K], const uint16_t* b, int n,
+                                                                     bool half, Vector (&out)[64][2 * MOST / 8]) {
   for (int block = 0; block < n / 8; ++block) {
     Vector columns[K];
     for (int k = 0; k < K; ++k)
       for (int c = 0; c < 8; ++c) columns[k][c] = widened(b[(8 * block + c) * K + k], half);
-    for (int r = 0; r < 16; ++r) {
+    for (int r = 0; r < 64; ++r) {
       Vector sum{};
       for (int k = 0; k < K; ++k) sum += a[r][k] * columns[k];
       out[r][block] = sum;
@@ -135,25 +133,29 @@ Sums& sums_of(Thread& t, const float* d) {
   return *std::find_if(t.sums.begin(), t.sums.end(), [&](const Sums& s) { return s.d == d; });
 }
 
-/// Product `which` of the queues of 32 threads.
-__attribute__((no_sanitize("address", "undefined"))) void carry_out(Thread* lanes, int warp, size_t which) {
-  Asked& asked = lanes[0].asked[which];
-  const Product& p = asked.product;
-  if (operands(p, warp, false) != asked.seen) fail("shared memory changed while a product read it");
-  static float a[16][K];
-  for (int l = 0; l < 32; ++l)
-    for (int j = 0; j < 4 && p.mixed; ++j)
-      for (int h = 0; h < 2; ++h)
-        a[l / 4 + 8 * (j % 2)][2 * (l % 4) + 8 * (j / 2) + h] =
-            widened(static_cast<uint16_t>(lanes[l].asked[which].a[j] >> 16 * h), p.half);
-  for (int i = 0; i < 16 * K && !p.mixed; ++i) a[i / K][i % K] = widened(asked.seen[static_cast<size_t>(i)], p.half);
-  static Vector out[16][32];
-  arithmetic(a, asked.seen.data() + (p.mixed ? 0 : 16 * K), p.n, p.half, out);
-  for (int l = 0; l < 32; ++l) {
-    Sums& sums = sums_of(lanes[l], lanes[l].asked[which].d);
+/// Product `which` of the queues of a group's threads.
+__attribute__((no_sanitize("address", "undefined"))) void carry_out(Thread* group, size_t which) {
+  const Product p = group[0].asked[which].product;
+  const int own = p.mixed ? 0 : 16 * K;  // numbers of A that a warp saw in front of B
+  static float a[64][K];
+  static Vector out[64][2 * MOST / 8];
+  for (int warp = 0; warp < 4; ++warp) {
+    const std::vector<uint16_t>& seen = group[32 * warp].asked[which].seen;
+    if (operands(p, warp, false) != seen) fail("shared memory changed while a product read it");
+    for (int i = 0; i < own; ++i) a[16 * warp + i / K][i % K] = widened(seen[static_cast<size_t>(i)], p.half);
+    for (int l = 0; l < 32 && p.mixed; ++l)
+      for (int j = 0; j < 4; ++j)
+        for (int h = 0; h < 2; ++h)
+          a[16 * warp + l / 4 + 8 * (j % 2)][2 * (l % 4) + 8 * (j / 2) + h] =
+              widened(static_cast<uint16_t>(group[32 * warp + l].asked[which].a[j] >> 16 * h), p.half);
+  }
+  arithmetic(a, group[0].asked[which].seen.data() + own, p.n, p.half, out);
+  for (int t = 0; t < 128; ++t) {
+    Sums& sums = sums_of(group[t], group[t].asked[which].d);
     float* value = sums.value.data();
+    const int row = t / 32 * 16 + t % 32 / 4;
     for (int i = 0; i < p.n / 2; ++i) {
-      const float product = out[l / 4 + 8 * (i / 2 % 2)][i / 4][2 * (l % 4) + i % 2];
+      const float product = out[row + 8 * (i / 2 % 2)][i / 4][2 * (t % 4) + i % 2];
       value[i] = p.add ? value[i] + product : product;
     }
     --sums.products;
@@ -172,8 +174,7 @@ void finish(Thread* group, int pending) {
     for (int k = 0; same && k < count; ++k) same = group[i].asked[k].product == group[0].asked[k].product;
     if (!same) fail("the threads of a warp group have asked for different products");
   }
-  for (int k = 0; k < count; ++k)
-    for (int warp = 0; warp < 4; ++warp) carry_out(group + 32 * warp, warp, static_cast<size_t>(k));
+  for (int k = 0; k < count; ++k) carry_out(group, static_cast<size_t>(k));
   for (Thread* t = group; t < group + 128; ++t) {
     t->asked.erase(t->asked.begin(), t->asked.begin() + count);
     for (Sums& s : t->sums) {
@@ -197,7 +198,7 @@ void multiply(const Product& p, float* d, const uint32_t* a) {
   if (sums == t.sums.end()) {
     t.sums.push_back({d, std::vector<float>(d, d + n), 0});
     sums = t.sums.end() - 1;
-    std::memset(static_cast<void*>(d), UNDER_WAY, 4 * n);
+    std::memcpy(d, UNDER_WAY.data(), 4 * n);
   }
   if (sums->value.size() != n) fail("products of different widths add to the same registers");
   if (!under_way(d, n)) fail("registers were written while a product added to them");
