@@ -99,10 +99,14 @@ def missing() -> str | None:
     return None if find_spec("triton") else "Triton is not installed, which brings the disassembler"
 
 
-def chips(unit: Unit) -> list[str]:
-    """What a unit is judged on: all that binaries are made for, and the newest of what compiles its PTX."""
-    made, ptx = _sources.chosen(unit.target, [*_sources.ARCHITECTURES], [])
-    return [f"sm_{arch}" for arch in made] + [CHIPS[-1] for _ in ptx]
+def chips(unit: Unit, dtype: str) -> list[str]:
+    """What a unit is judged on: every chip or, of one that is compiled for each head dimension, those it was written for
+    and the newest. There float16 differs from bfloat16 by names of instructions: one chip."""
+    if unit.target == _sources.Target():
+        return [*CHIPS]
+    if not unit.target.ptx or dtype == "float16":
+        return ["sm_90a"]
+    return ["sm_80", "sm_90a", CHIPS[-1]]
 
 
 def compile(unit: Unit, dtype: str, chip: str) -> bytes:
@@ -186,7 +190,9 @@ def figures(job: Job) -> dict[str, Figures]:
 def collect(units: Iterable[Unit], wanted: Sequence[str], processes: int) -> dict[Job, dict[str, Figures]]:
     """On those of the wanted chips that each is judged on. Processes, because NVRTC compiles one program at a time in
     each."""
-    jobs = [Job(u, dtype, chip) for u in units for dtype in u.target.dtypes for chip in chips(u) if chip in wanted]
+    jobs = [
+        Job(u, dtype, chip) for u in units for dtype in u.target.dtypes for chip in chips(u, dtype) if chip in wanted
+    ]
     version()  # finds the compiler, for all of them
     with ProcessPoolExecutor(processes, get_context("fork")) as pool:
         return dict(zip(jobs, pool.map(figures, jobs), strict=True))

@@ -44,17 +44,20 @@ class Unit(NamedTuple):
 
 AMPERE = Target(("bfloat16", "float16"), ("80", "90a"), "80")
 AMPERE_ALONE = AMPERE._replace(front="80")  # without what sm_90 adds to mma.cuh
+SELDOM = AMPERE_ALONE._replace(architectures=("80",))
 HOPPER = Target(("bfloat16", "float16"), ("90a",))
 PER_HEAD_DIM = {
     "attention_ampere_forward": ((32, 64, 96, 128, 192, 256), AMPERE_ALONE),
     "attention_ampere_backward": ((32, 64, 96, 128, 192, 256), AMPERE),
-    "attention_ampere_bias": ((32, 64, 96, 128, 192, 256), AMPERE_ALONE),
+    "attention_ampere_bias": ((32, 64, 96, 128, 192, 256), SELDOM),
     "attention_hopper_forward": ((64, 128, 256), HOPPER),
     "attention_hopper_backward": ((64, 128), HOPPER),
 }
 """Sources that are compiled once for each of these FASTLM_HEAD_DIM, and for what. attention.h says which one a call
 takes."""
 
+SAME_BINARY = {"89": "86"}
+"""The binary of the first has the instructions of the second's, which runs there."""
 SAME_PTX = {"86": "80", "89": "80", "120": "100"}
 """The PTX of the first is that of the second but for its name, unless a source asks for one of them. Making PTX is two
 thirds of a compilation."""
@@ -112,6 +115,7 @@ def runs(target: Target, arch: int) -> bool:
 
 def chosen(target: Target, asked: list[str], ptx: list[str]) -> tuple[list[str], list[str]]:
     """What binaries and what PTX to make where these are asked for; no binaries: nothing at all."""
+    asked = [a for a in asked if SAME_BINARY.get(a) not in asked]
     own = [a for a in target.architectures if any(serves([a], (), number(each)) for each in asked)]
     if target.architectures and not target.ptx:
         return own, []
