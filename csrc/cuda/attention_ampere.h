@@ -40,7 +40,7 @@ constexpr AttentionTile backward_tile(int width, int m, int n, int warps, int st
   return {m,      n,       warps,
           stages, general, int64_t{2} * width * (2 * n + 2 * stages * m) + 4 * m * n + rows + BACKWARD_STANDING};
 }
-constexpr AttentionTile AMPERE_BACKWARD[][3] = {
+constexpr AttentionTile AMPERE_BACKWARD[][4] = {
     {backward_tile(32, 64, 128, 8, 2, false), backward_tile(32, 64, 128, 8, 2, true)},
     {backward_tile(64, 128, 128, 8, 2, false), backward_tile(64, 64, 128, 8, 2, false),
      backward_tile(64, 64, 128, 8, 2, true)},
@@ -50,8 +50,8 @@ constexpr AttentionTile AMPERE_BACKWARD[][3] = {
      backward_tile(128, 64, 64, 8, 1, true)},
     {backward_tile(192, 64, 64, 8, 2, false), backward_tile(192, 32, 64, 8, 1, false),
      backward_tile(192, 32, 64, 8, 1, true)},
-    {backward_tile(256, 64, 64, 8, 1, false), backward_tile(256, 32, 32, 4, 1, false),
-     backward_tile(256, 32, 32, 4, 1, true)},
+    {backward_tile(256, 64, 64, 8, 2, false), backward_tile(256, 64, 64, 8, 1, false),
+     backward_tile(256, 32, 32, 4, 1, false), backward_tile(256, 32, 32, 4, 1, true)},
 };
 constexpr AttentionTiles ampere_backward(int width) { return tiles_of(AMPERE_BACKWARD, width); }
 

@@ -24,7 +24,8 @@
 // addresses of operands computed ahead of the loop (thread_here()), the block's own numbers (they are in shared memory
 // now), offsets of rows added before the swizzle instead of behind it, where they are part of the instruction. Counters
 // that are divided by the number of tiles instead of carried along took 2 registers less and 200 instructions of 1450 a
-// tile more. Three loops, for edges and the middle, are one with a branch: the masks are a small part here.
+// tile more. 64 x 96 at 192 columns, which sm_90 has room for, spill 8 bytes. Three loops, for edges and the middle,
+// are one with a branch: the masks are a small part here.
 //
 // None of this has run on a GPU: numbers are those of the emulation, registers those of the compiler.
 #include "cuda/attention_ampere.h"
@@ -260,6 +261,9 @@ FASTLM_BACKWARD(0)
 FASTLM_BACKWARD(1)
 #if FASTLM_HEAD_DIM != 32
 FASTLM_BACKWARD(2)
+#endif
+#if FASTLM_HEAD_DIM == 256
+FASTLM_BACKWARD(3)
 #endif
 
 }  // namespace fastlm::cuda
