@@ -32,6 +32,7 @@ constexpr int W = FASTLM_HEAD_DIM;
 constexpr AttentionTile TILE = hopper_backward_tiles(W).rows[0];
 constexpr int M = TILE.m, N = TILE.n, PANELS = W / PANEL;
 constexpr HopperBackwardRoom ROOM = hopper_backward_room(W, M, N);
+static_assert(TILE.shared <= HOPPER_SHARED, "of a block");
 constexpr int PART = 64 * 64;  // of a tile of dq: a consumer's
 
 // Barriers by number.
@@ -254,12 +255,10 @@ struct Consumer {
     const Pair* deltas = shifts + M / 2;
     FASTLM_UNROLL
     for (int j = 0; j < M / 8; ++j) {
-      const Pair pair = shifts[4 * j];
+      const Pair shift = shifts[4 * j];
       FASTLM_UNROLL
       for (int n = 4 * j; n < 4 * j + 4; ++n) {
-        const float shift = n % 2 ? pair.y : pair.x;
-        s[n] = exp2_fast(s[n] * w.a.factor - shift);
-        if (EDGE && shift == INF) s[n] = 0;  // whatever a row that is not there, or sees nothing, holds
+        s[n] = exp2_fast(s[n] * w.a.factor - (n % 2 ? shift.y : shift.x));
       }
     }
     // Long since over, but a loop: ptxas moves the wait for a product up to the last branch there is.
