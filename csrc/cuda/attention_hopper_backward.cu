@@ -145,7 +145,10 @@ __device__ __forceinline__ void add(const Work& w) {
       const int64_t number = sum_tile<M>(w.a, w.e, w.batch, w.head(member), m / M);
       int* const turn = w.a.turns + 1 + number;
       const int mine = turn_of<M, N>(w.a, w.e, w.tile, m / M);
-      if (w.a.ordered && first_lane) await_turn(turn, mine);
+      if (w.a.ordered && first_lane) {
+        await_turn(turn, mine);
+        fence_async_global();
+      }
       __syncwarp();
       FASTLM_UNROLL
       for (int group = 0; group < 2; ++group) {

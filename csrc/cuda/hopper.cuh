@@ -205,6 +205,8 @@ __device__ __forceinline__ void registers_up() {
 
 /// What threads wrote to shared memory is seen by products and by the copy engine. 9.7.13.4.
 __device__ __forceinline__ void fence_async() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
+/// What this thread knows to be written to global memory, it does through the copy engine later than that.
+__device__ __forceinline__ void fence_async_global() { asm volatile("fence.proxy.async.global;" ::: "memory"); }
 
 /// One box of a tensor to shared memory; `barrier` gets its bytes, all of the box, zeros where it leaves the tensor.
 /// One thread. Places in elements, innermost dimension first.

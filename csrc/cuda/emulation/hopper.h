@@ -42,6 +42,7 @@ void registers_up() {
 }
 
 inline void fence_async() { simt::fence_async(); }
+inline void fence_async_global() {}  // blocks run one after the other
 inline void prefetch(const TensorMap* tensor) { simt::tensor_of(tensor); }
 inline void tile_load(uint32_t to, const TensorMap* tensor, uint32_t barrier, int c0, int c1, int c2, int c3, int c4) {
   simt::tile_load(to, tensor, barrier, {{c0, c1, c2, c3, c4}});
