@@ -13,7 +13,8 @@ from torch import Tensor
 
 from fastlm import cuda, ops, use_backend
 from fastlm.cuda import attention
-from tests.ops.harness import differentiate, far_apart, on
+from tests.ops.attention_oracle import near
+from tests.ops.harness import assert_same_bits, differentiate, far_apart, on
 
 CHIPS = {  # of which the emulation is told
     "A100": {"arch": 80, "sms": 108, "shared": 163 << 10, "l2": 40 << 20},
@@ -150,6 +151,20 @@ def test_the_last_of_70000_heads() -> None:
         finally:
             extension.tail(0)
     assert torch.equal(out[-2:], v[-2:]) and not torch.equal(out[-3], v[-3])
+
+
+@pytest.mark.parametrize("chip", ["80", "90"])
+def test_blocks_may_add_in_any_order(chip: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """For whoever measures what turns cost: the same sums but for their order."""
+    inputs = [torch.randn(1, 2, 300, 64).to(torch.float16) for _ in range(3)]
+    grads = []
+    for ordered in (True, False):
+        monkeypatch.setattr(attention, "ORDERED", ordered)
+        with on(f"cuda-reversed-{chip}"):
+            grads.append(differentiate(lambda *x: ops.attention(*x, causal=True), inputs)[1])
+    (first_dq, *first), (dq, *rest) = grads
+    assert_same_bits(first, rest)
+    torch.testing.assert_close(first_dq, dq, **near(dq.dtype))
 
 
 @pytest.mark.parametrize("chip", ["80", "90"])

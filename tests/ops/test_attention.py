@@ -70,6 +70,22 @@ def test_matches_float64(backend: str, dtype: torch.dtype, case: Case) -> None:
     compare(backend, *prepared(case, dtype))
 
 
+MANY_TILES = [
+    Case(1, 4, 2, 200, 420, 64, 64, "bottom-right"),
+    Case(1, 2, 2, 420, 200, 40, 64, False, window=(150, 70)),
+    Case(1, 2, 1, 150, 400, 128, 128),
+    Case(1, 1, 1, 260, 260, 96, 128, True),
+    Case(1, 1, 1, 70, 330, 256, 256, "bottom-right"),
+]
+
+
+@each_backend
+@pytest.mark.parametrize("case", MANY_TILES, ids=str)
+def test_more_tiles_than_are_held_at_once(backend: str, case: Case) -> None:
+    """On both sides, and so that what is seen starts and ends anywhere among them."""
+    compare(backend, *prepared(case, torch.bfloat16))
+
+
 @each_backend
 @each_dtype
 def test_bias_in_the_dtype_of_q(backend: str, dtype: torch.dtype) -> None:
