@@ -201,6 +201,7 @@ def test_nan_stays_in_its_sequence(backend: str, dtype: torch.dtype, bad: float)
     """Behind the last sequence, in anything; in keys and values of a neighbour that shares tiles."""
     problem = make_problem(Case((20, 30, 25), H=4, Hk=2, rest=11, sinks=True, options=option(causal=True)), dtype)
     inputs = [x for x in problem.tensors if x is not None]
+    tolerance = {torch.float32: 1e-5, torch.bfloat16: 0.02, torch.float16: 3e-3}[dtype]
     generator = torch.Generator().manual_seed(1)
     upstream = [torch.randn(86, 4, 32, generator=generator, device="cpu").to(inputs[0].device, dtype),
                 torch.randn(4, 86, generator=generator, device="cpu").to(inputs[0].device)]  # fmt: skip
@@ -221,7 +222,10 @@ def test_nan_stays_in_its_sequence(backend: str, dtype: torch.dtype, bad: float)
                 assert all(bool((x[rows] == 0).all()) for x in (other, *other_grads[:3]))
                 pairs.append((other_grads[3], grads[3]))
             for actual, want in pairs:
-                assert_same_values(backend, [actual], [want], str(rows))
+                if backend in ("cuda", "cuda-shuffled-90"):  # rows that its copies spoil are summed again, key by key
+                    torch.testing.assert_close(actual, want, atol=tolerance, rtol=tolerance)
+                else:
+                    assert_same_values(backend, [actual], [want], str(rows))
 
 
 @each_able
