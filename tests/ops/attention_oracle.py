@@ -24,6 +24,11 @@ INF, SEED = float("inf"), 5
 BACKENDS = ["cuda-forward-80", "cuda-reversed-89", "cuda-shuffled-90"] if EMULATED else harness.BACKENDS
 """Chips whose shared memory or instructions give a call other kernels; with an order of threads each."""
 each_backend = pytest.mark.parametrize("backend", BACKENDS)
+PAIRS = [(backend, dtype) for backend in BACKENDS for dtype in DTYPES]
+if EMULATED:  # each chip's kernels in a dtype, and what is refused once: the emulation takes its time
+    PAIRS = [*zip(BACKENDS, (torch.bfloat16, torch.float16, torch.bfloat16), strict=True), (BACKENDS[0], torch.float32)]
+each_pair = pytest.mark.parametrize(("backend", "dtype"), PAIRS, ids=[f"{b}-{str(d)[6:]}" for b, d in PAIRS])
+"""Backends with dtypes."""
 
 
 def finest(backend: str) -> torch.dtype:
@@ -33,7 +38,7 @@ def finest(backend: str) -> torch.dtype:
 
 def taken(*features: str) -> pytest.MarkDecorator:
     """The backends that declare the features, with each dtype they take."""
-    pairs = [(b, d) for b in BACKENDS for d in DTYPES if not refuses(OP, b, torch.ones(1, dtype=d), features)]
+    pairs = [(b, d) for b, d in PAIRS if not refuses(OP, b, torch.ones(1, dtype=d), features)]
     return pytest.mark.parametrize(("backend", "dtype"), pairs, ids=[f"{b}-{str(d)[6:]}" for b, d in pairs])
 
 
@@ -252,17 +257,22 @@ def expect(problem: Problem) -> Expected:
 
 
 @cache
-def _prepared(case: Case, dtype: torch.dtype, device: torch.device) -> tuple[Problem, Expected]:
-    problem = make_problem(case, dtype)
-    return problem, expect(problem)
+def _problem(case: Case, dtype: torch.dtype, device: torch.device) -> Problem:
+    return make_problem(case, dtype)
 
 
-def prepared(case: Case, dtype: torch.dtype) -> tuple[Problem, Expected]:
-    return _prepared(case, dtype, torch.get_default_device())
+@cache
+def _expected(case: Case, dtype: torch.dtype, device: torch.device) -> Expected:
+    return expect(_problem(case, dtype, device))
 
 
-def compare(backend: str, problem: Problem, expected: Expected) -> None:
+def compare(backend: str, case: Case, dtype: torch.dtype) -> None:
     """Where the backend declares reasons against the call, it must raise; else be as accurate as the rule says."""
+    of = (case, dtype, torch.get_default_device())
+    _compare(backend, _problem(*of), lambda: _expected(*of))
+
+
+def _compare(backend: str, problem: Problem, expected: Callable[[], Expected]) -> None:
     q, _, v, *_ = problem.inputs
     assert q is not None and v is not None
 
@@ -277,7 +287,7 @@ def compare(backend: str, problem: Problem, expected: Expected) -> None:
             return
         (out, lse), grads = problem.run(run)
     assert out.dtype == q.dtype and lse.dtype == torch.float32
-    expected.assert_matched(out, lse, problem.names(), grads)
+    expected().assert_matched(out, lse, problem.names(), grads)
 
 
 def check(
@@ -285,4 +295,4 @@ def check(
 ) -> None:
     """compare() for one call; options are those of ops.attention."""
     problem = Problem([*tensors, mask, sinks], options)
-    compare(backend, problem, expect(problem))
+    _compare(backend, problem, lambda: expect(problem))

@@ -19,17 +19,16 @@ from tests.ops.attention_oracle import (
     check,
     compare,
     each_backend,
+    each_pair,
     finest,
     formula,
     make,
     near,
-    prepared,
 )
 from tests.ops.harness import (
     assert_same_bits,
     assert_same_values,
     differentiate,
-    each_dtype,
     on,
     refuses,
     sizes,
@@ -63,11 +62,10 @@ CASES = [
 ]
 
 
-@each_backend
-@each_dtype
+@each_pair
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_matches_float64(backend: str, dtype: torch.dtype, case: Case) -> None:
-    compare(backend, *prepared(case, dtype))
+    compare(backend, case, dtype)
 
 
 MANY_TILES = [
@@ -83,11 +81,10 @@ MANY_TILES = [
 @pytest.mark.parametrize("case", MANY_TILES, ids=str)
 def test_more_tiles_than_are_held_at_once(backend: str, case: Case) -> None:
     """On both sides, and so that what is seen starts and ends anywhere among them."""
-    compare(backend, *prepared(case, torch.bfloat16))
+    compare(backend, case, torch.bfloat16)
 
 
-@each_backend
-@each_dtype
+@each_pair
 def test_bias_in_the_dtype_of_q(backend: str, dtype: torch.dtype) -> None:
     check(backend, make(Case(2, 2, 2, 70, 66, 16, 16), dtype), torch.randn(2, 70, 66).to(dtype), causal=True)
 

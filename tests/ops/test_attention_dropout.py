@@ -17,13 +17,13 @@ from tests.ops.attention_oracle import (
     Case,
     compare,
     each_backend,
+    each_pair,
     finest,
     formula,
     make,
     make_problem,
-    prepared,
 )
-from tests.ops.harness import assert_same_bits, differentiate, each_dtype, on
+from tests.ops.harness import assert_same_bits, differentiate, on
 
 
 def test_drops_its_share_independently() -> None:
@@ -48,12 +48,11 @@ CASES = [
 ]
 
 
-@each_backend
-@each_dtype
+@each_pair
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_matches_the_formula_with_its_mask(backend: str, dtype: torch.dtype, case: Case) -> None:
     """One mask for every backend, in forward and backward."""
-    compare(backend, *prepared(case, dtype))
+    compare(backend, case, dtype)
 
 
 @each_backend

@@ -19,16 +19,16 @@ from tests.ops.attention_oracle import (
     check,
     compare,
     each_backend,
+    each_pair,
     finest,
     formula,
     make,
     make_problem,
     near,
-    prepared,
     taken,
     visible,
 )
-from tests.ops.harness import assert_same_bits, assert_same_values, differentiate, each_dtype, on, refuses
+from tests.ops.harness import assert_same_bits, assert_same_values, differentiate, on, refuses
 
 one_of_each = pytest.mark.parametrize("backend", dict.fromkeys([BACKENDS[0], BACKENDS[-1]]))  # what no ISA changes
 EVERY_FEATURE = ("window", "softcap", "alibi_slopes", "sinks", "documents", "cu_seqlens")
@@ -108,11 +108,10 @@ EVERYTHING = Case(2, 4, 2, 33, 40, 16, 8, "bottom-right", "float (H,1,T)", 0.3, 
                   dropout=0.2)  # fmt: skip
 
 
-@each_backend
-@each_dtype
+@each_pair
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_matches_float64(backend: str, dtype: torch.dtype, case: Case) -> None:
-    compare(backend, *prepared(case, dtype))
+    compare(backend, case, dtype)
 
 
 @takes("window")

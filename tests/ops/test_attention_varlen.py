@@ -20,14 +20,14 @@ from tests.ops.attention_oracle import (
     SEED,
     Expected,
     dropout_seed,
-    each_backend,
+    each_pair,
     finest,
     formula,
     near,
     taken,
     visible,
 )
-from tests.ops.harness import assert_same_bits, assert_same_values, differentiate, each_dtype, on, refuses
+from tests.ops.harness import assert_same_bits, assert_same_values, differentiate, on, refuses
 
 FEATURES = frozenset({"cu_seqlens", "window", "softcap", "sinks"})
 ABLE = [b for b in BACKENDS if not refuses(OP, b, torch.ones(1, dtype=finest(b)), FEATURES)]
@@ -143,8 +143,7 @@ def _prepared(case: Case, dtype: torch.dtype, device: torch.device) -> tuple[Pro
     return problem, Expected(oracle, oracle_grads, out, lse, grads)
 
 
-@each_backend
-@each_dtype
+@each_pair
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_matches_float64(backend: str, dtype: torch.dtype, case: Case) -> None:
     problem, expected = _prepared(case, dtype, torch.get_default_device())
