@@ -21,7 +21,7 @@
 // p take 32 + 64 + 32, 64 + 64 + 32, 64 + 88 + 44 and 128 + 40 + 20 with their addresses in uniform ones, and 24 (32)
 // where there are loads, which use 21. nvcc 13.0: nothing spilled, no product serialised. In the loop all 66 (66, 90,
 // 42) exponentials of a tile stand between the products and their wait, and o of 256 columns is scaled under those of
-// the logits. Without the wait for the next keys above the one for o, ptxas moves the latter up, and none does.
+// the logits. Without the wait for the next keys above the one for o, ptxas moves the latter up: none to 15 of them do.
 //
 // Tried and lost: the loading thread hands out tiles by way of shared memory: what is walked over is then no longer
 // known to be the same in all lanes, 64 columns spill 212 bytes in the loop. Spoiled rows computed again where they are
