@@ -48,15 +48,26 @@ int group_of(const AttentionArguments& a, int m) {
   return GROUP_ROWS % group == 0 && filled(a, m, 1) < 0.9 * filled(a, m, group) ? group : 1;
 }
 
-/// The wide tile of keys is for where all queries see all of them.
-int forward_variant(const AttentionArguments& a) { return hopper_width(a) == 128 && !a.before && !a.after ? 1 : 0; }
+int forward_variant(const AttentionArguments& a) {
+  if (is_general(a)) return hopper_forward_tiles(hopper_width(a)).count - 1;
+  return hopper_width(a) == 128 && !a.before && !a.after ? 1 : 0;
+}
+/// Whether no kernel here does what the call asks for.
+bool is_foreign(AttentionArguments a, bool backward) {
+  const AttentionTiles tiles = hopper_forward_tiles(hopper_width(a));
+  if (!backward && tiles.rows[tiles.count - 1].general) {
+    a.documents_q = nullptr;
+    a.softcap = 0;
+  }
+  return is_general(a);
+}
 
 }  // namespace
 
 const char* why_not_hopper(DType dtype, const AttentionArguments& a, bool backward) {
   if (dtype == DType::float32) return "float32";
-  if (is_general(a)) return "an option of the general kernels";
   if (!hopper_width(a)) return "head dims above 256";
+  if (is_foreign(a, backward)) return "an option of the general kernels";
   if (backward && hopper_backward_tiles(hopper_width(a)).count == 0) return "head dims above 128";
   if (!a.batches || !a.total_q || !a.total_k) return "no rows";
   if (!fits(a.q_at) || !fits(a.k_at) || !fits(a.v_at)) return "strides that the copy engine does not take";
@@ -70,7 +81,7 @@ AttentionTile hopper_forward_tile(const AttentionArguments& a) {
 
 void launch_hopper_forward(DType dtype, AttentionArguments a, int device, Stream stream) {
   const AttentionTile tile = hopper_forward_tile(a);
-  const int group = group_of(a, tile.m);
+  const int group = tile.general ? 1 : group_of(a, tile.m);
   a.tiles = static_cast<int>(ceil_div(a.len_q, tile.m / group));
   const auto map = [&](const void* base, const Layout& at, int width, int rows, int heads, int together, int box) {
     return map_of(dtype, a, base, at, width, rows, heads, together, box);

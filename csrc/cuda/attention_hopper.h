@@ -38,23 +38,26 @@ constexpr int HOPPER_STAGES = 2;  // tiles of keys, and of values, in shared mem
 constexpr bool hopper_forward_out_apart(int w, int m, int n) {
   return 2 * w * (2 * m + 2 * HOPPER_STAGES * n) + 2 * PANEL_ALIGNMENT <= HOPPER_SHARED;
 }
-constexpr AttentionTile hopper_forward_shape(int w, int m, int n) {
+constexpr AttentionTile hopper_forward_shape(int w, int m, int n, bool general) {
   const int rows = m * (hopper_forward_out_apart(w, m, n) ? 2 : 1) + 2 * HOPPER_STAGES * n;
   return {m,
           n,
           4 * (m / GROUP_ROWS + 1),
           HOPPER_STAGES,
-          false,
+          general,
           int64_t{2} * w * rows + 2 * PANEL_ALIGNMENT};  // and barriers
 }
-/// With a wide tile of keys where all tiles see all, else the narrow one, which wastes less at the diagonal.
-constexpr AttentionTile HOPPER_FORWARD_64[] = {hopper_forward_shape(64, 192, 128)};
-constexpr AttentionTile HOPPER_FORWARD_128[] = {hopper_forward_shape(128, 128, 128),
-                                                hopper_forward_shape(128, 128, 176)};
-constexpr AttentionTile HOPPER_FORWARD_256[] = {hopper_forward_shape(256, 128, 80)};
+/// The plain one; of 128 columns, a wide one where all queries see all keys: the other wastes less at the diagonal.
+/// Last the one that does softcap and documents, too; with 256 columns it would spill.
+constexpr AttentionTile HOPPER_FORWARD_64[] = {hopper_forward_shape(64, 192, 128, false),
+                                               hopper_forward_shape(64, 128, 128, true)};
+constexpr AttentionTile HOPPER_FORWARD_128[] = {hopper_forward_shape(128, 128, 128, false),
+                                                hopper_forward_shape(128, 128, 176, false),
+                                                hopper_forward_shape(128, 128, 96, true)};
+constexpr AttentionTile HOPPER_FORWARD_256[] = {hopper_forward_shape(256, 128, 80, false)};
 constexpr AttentionTiles hopper_forward_tiles(int w) {
-  if (w == 64) return {HOPPER_FORWARD_64, 1};
-  if (w == 128) return {HOPPER_FORWARD_128, 2};
+  if (w == 64) return {HOPPER_FORWARD_64, 2};
+  if (w == 128) return {HOPPER_FORWARD_128, 3};
   return {HOPPER_FORWARD_256, 1};
 }
 

@@ -77,13 +77,14 @@ struct HopperForwardRoom {
 template <int M>
 struct HopperForwardWork {
   Extent e;
-  int head, first;  // head: of q's map; first query
+  int tile, head, first;  // head: of q's map; first query
 
   __device__ __forceinline__ HopperForwardWork(const HopperForwardArguments& h, int number) {
     const Place p = place(h.a, number, h.heads);
     e = extent(h.a, p.batch);
+    tile = h.a.after ? h.a.tiles - 1 - p.tile : p.tile;
     head = p.head;
-    first = (h.a.after ? h.a.tiles - 1 - p.tile : p.tile) * (M / h.group);
+    first = tile * (M / h.group);
   }
 };
 /// The tiles of keys that it walks over: low ... high - 1, downwards. Those of inner_low ... inner_high - 1 are seen by
@@ -91,13 +92,15 @@ struct HopperForwardWork {
 struct HopperForwardKeys {
   int low, inner_low, inner_high, high;
 };
-template <int M, int N>
+template <int M, int N, bool GENERAL>
 __device__ __forceinline__ HopperForwardKeys keys_of(const HopperForwardArguments& h,
                                                      const HopperForwardWork<M>& work) {
   const AttentionArguments& a = h.a;
   const Extent& e = work.e;
   const int last = min_of(work.first + M / h.group, e.len_q) - 1;
-  const Range seen = seen_range<N>(work.first, last, e.len_k, a.before, e.before, a.after, e.after);
+  Range seen = seen_range<N>(work.first, last, e.len_k, a.before, e.before, a.after, e.after);
+  if (GENERAL && a.documents_q)
+    seen = narrowed<N>(seen, a.ranges + 4 * (static_cast<int64_t>(e.batch) * a.tiles + work.tile));
   const int low = seen.low / N, high = max_of((seen.high + N - 1) / N, low);
   const int inner_high = min_of(max_of(seen.end / N, low), high);
   return {low, min_of(max_of(seen.middle / N, low), inner_high), inner_high, high};
@@ -118,14 +121,14 @@ __device__ __forceinline__ void for_each_tile(const HopperForwardArguments& h, c
 // --- the warp group that loads ---------------------------------------------------------------------------------------
 
 /// One thread.
-template <int M, int N>
+template <int M, int N, bool GENERAL>
 __device__ __forceinline__ void produce(const HopperForwardArguments& h, const HopperForwardRoom<M, N>& room) {
   using Room = HopperForwardRoom<M, N>;
   const int share = h.heads / h.a.kv_heads;  // of q's heads that share a key head
   int tiles = 0, loaded = 0;                 // so far
   for_each_tile<M>(h, [&](const HopperForwardWork<M>& work, int&) {
     const Extent& e = work.e;
-    const HopperForwardKeys keys = keys_of<M, N>(h, work);
+    const HopperForwardKeys keys = keys_of<M, N, GENERAL>(h, work);
     const int kv_head = work.head / share;
     const auto load_q = [&] {
       for (int g = 0; g < Room::GROUPS; ++g) {
@@ -168,7 +171,7 @@ __device__ __forceinline__ void forget([[maybe_unused]] int& x) {
 }
 
 /// 64 queries of a warp group: of each thread two rows, 8 apart.
-template <class T, int M, int N>
+template <class T, int M, int N, bool GENERAL>
 struct HopperForwardConsumer {
   using Room = HopperForwardRoom<M, N>;
   using Work = HopperForwardWork<M>;
@@ -229,6 +232,8 @@ struct HopperForwardConsumer {
     for (int i = 0; i < W / 2; ++i) o[i] *= shrink[i / 2 % 2];
   }
 
+  /// From s to units of log2.
+  __device__ __forceinline__ float factor() const { return GENERAL && a.softcap > 0 ? 1.f : a.factor; }
   __device__ __forceinline__ int query(const Work& work, int r) const {
     return work.first + (row + lane_row() + 8 * r) / h.group;
   }
@@ -245,13 +250,32 @@ struct HopperForwardConsumer {
     FASTLM_UNROLL
     for (int i = 0; i < N / 2; ++i) {
       const int column = fragment_column(0, i), r = i / 2 % 2;
-      if (column < low[r] || column > high[r]) s[i] = -INF;
+      s[i] = (column < low[r]) | (column > high[r]) ? -INF : s[i];  // a condition of more parts becomes branches
+    }
+  }
+  __device__ __forceinline__ void hide_documents(const Work& work, int n) {
+    const Extent& e = work.e;
+    const int64_t* const documents = a.documents_k + static_cast<int64_t>(e.batch) * e.len_k;
+    int64_t own[2];
+    FASTLM_UNROLL
+    for (int r = 0; r < 2; ++r)
+      own[r] = a.documents_q[static_cast<int64_t>(e.batch) * e.len_q + min_of(query(work, r), e.len_q - 1)];
+    FASTLM_UNROLL
+    for (int i = 0; i < N / 2; ++i) {
+      const int64_t other = documents[min_of(fragment_column(n * N + lane_column(), i), e.len_k - 1)];
+      s[i] = other == own[i / 2 % 2] ? s[i] : -INF;
     }
   }
   /// Logits to weights relative to the largest so far; sums are this thread's.
   template <bool EDGE>
   __device__ __forceinline__ void softmax(const Work& work, int n) {
+    if (GENERAL && a.softcap > 0) {
+      FASTLM_UNROLL
+      for (int i = 0; i < N / 2; ++i) s[i] = tanh_fast(s[i] * a.factor) * a.softcap;
+    }
     if constexpr (EDGE) hide_keys(work, n);
+    if (EDGE && GENERAL && a.documents_q) hide_documents(work, n);
+    const float factor = this->factor();
     FASTLM_UNROLL
     for (int r = 0; r < 2; ++r) {
       float highest = top[r];
@@ -259,14 +283,14 @@ struct HopperForwardConsumer {
       for (int i = 2 * r; i < N / 2; i += 4) highest = fmaxf(highest, fmaxf(s[i], s[i + 1]));
       highest = fmaxf(highest, exchange(highest, 1));
       highest = fmaxf(highest, exchange(highest, 2));
-      const float base = EDGE && highest == -INF ? 0.f : highest * a.factor;
-      shrink[r] = exp2_fast(top[r] * a.factor - base);
+      const float base = EDGE && highest == -INF ? 0.f : highest * factor;
+      shrink[r] = exp2_fast(top[r] * factor - base);
       top[r] = highest;
       sum[r] *= shrink[r];
       FASTLM_UNROLL
       for (int i = 2 * r; i < N / 2; i += 4) {
-        s[i] = exp2_fast(s[i] * a.factor - base);
-        s[i + 1] = exp2_fast(s[i + 1] * a.factor - base);
+        s[i] = exp2_fast(s[i] * factor - base);
+        s[i + 1] = exp2_fast(s[i + 1] * factor - base);
         sum[r] += s[i] + s[i + 1];
       }
     }
@@ -327,7 +351,7 @@ struct HopperForwardConsumer {
     const Extent& e = work.e;
     FASTLM_UNROLL
     for (int r = 0; r < 2; ++r) {
-      float total = sum[r] + exchange(sum[r], 1), highest = top[r] * a.factor, part = 1;
+      float total = sum[r] + exchange(sum[r], 1), highest = top[r] * factor(), part = 1;
       total += exchange(total, 2);
       const int i = query(work, r), head = work.head * h.group + (row + lane_row() + 8 * r) % h.group;
       if (a.sinks) {
@@ -407,7 +431,7 @@ struct HopperForwardConsumer {
       if (group == GROUPS - 1) named_arrive(TURN, 2 * GROUP_THREADS);
     }
     for_each_tile<M>(h, [&](const Work& work, int& number) {
-      const Keys keys = keys_of<M, N>(h, work);
+      const Keys keys = keys_of<M, N, GENERAL>(h, work);
       FASTLM_UNROLL
       for (int i = 0; i < W / 2; ++i) o[i] = 0;
       FASTLM_UNROLL
@@ -433,7 +457,7 @@ struct HopperForwardConsumer {
     if (leader) bulk_wait<0>();
     __syncwarp();
     // Not where it is found out: what that takes of registers, the walk would do without.
-    if (__ballot_sync(FULL, spoiled && (a.before || a.after || a.cu_q))) {
+    if (__ballot_sync(FULL, spoiled && (a.before || a.after || a.cu_q || a.documents_q))) {
       for_each_tile<M>(h, [&](const Work& work, int&) {
         FASTLM_ROLL
         for (int r = row; r < row + 16; ++r) {
@@ -445,9 +469,12 @@ struct HopperForwardConsumer {
   }
 };
 
-template <class T, int M, int N>
+template <int VARIANT>
+constexpr AttentionTile HOPPER_TILE = hopper_forward_tiles(W).rows[VARIANT];
+template <class T, int VARIANT>
 __device__ __forceinline__ void attention_hopper_forward(const HopperForwardArguments& h) {
-  using Room = HopperForwardRoom<M, N>;
+  constexpr AttentionTile TILE = HOPPER_TILE<VARIANT>;
+  using Room = HopperForwardRoom<TILE.m, TILE.n>;
   const Room room;
   const int group = __shfl_sync(FULL, static_cast<int>(threadIdx.x) / GROUP_THREADS, 0);
   if (threadIdx.x == 0) {
@@ -461,22 +488,22 @@ __device__ __forceinline__ void attention_hopper_forward(const HopperForwardArgu
   constexpr bool MANY = Room::GROUPS == 3;
   if (group == 0) {
     registers_down<(MANY ? 32 : 24)>();
-    if (threadIdx.x == 0) produce(h, room);
+    if (threadIdx.x == 0) produce<TILE.m, TILE.n, TILE.general>(h, room);
   } else {
     registers_up<(MANY ? 160 : 240)>();
-    HopperForwardConsumer<T, M, N>(h, room, group - 1).run();
+    HopperForwardConsumer<T, TILE.m, TILE.n, TILE.general>(h, room, group - 1).run();
   }
 }
 
-constexpr AttentionTiles TILES = hopper_forward_tiles(W);
-#define FASTLM_VARIANT(variant)                                                                          \
-  constexpr AttentionTile TILE_##variant = TILES.rows[variant];                                          \
-  FASTLM_KERNEL(attention_hopper_forward, variant, TILE_##variant.warps * 32, 1, HopperForwardArguments, \
-                attention_hopper_forward<Scalar, TILE_##variant.m, TILE_##variant.n>)
-
+#define FASTLM_VARIANT(variant)                                                                         \
+  FASTLM_KERNEL(attention_hopper_forward, variant, 32 * hopper_forward_tiles(W).rows[variant].warps, 1, \
+                HopperForwardArguments, attention_hopper_forward<Scalar, variant>)
 FASTLM_VARIANT(0)
-#if FASTLM_HEAD_DIM == 128
+#if FASTLM_HEAD_DIM < 256
 FASTLM_VARIANT(1)
+#endif
+#if FASTLM_HEAD_DIM == 128
+FASTLM_VARIANT(2)
 #endif
 
 }  // namespace fastlm::cuda
