@@ -117,8 +117,8 @@ constexpr int hopper_width(const AttentionArguments& a) {
   return 0;
 }
 
-/// Why this path does not take the call, in words; null where it does. It has no general kernels, and the copy engine
-/// wants strides that are positive multiples of 16 bytes.
+/// Why this path does not take the call, in words; null where it does. Of what is_general() it has softcap and
+/// documents, forward, up to 128 columns; the copy engine wants strides that are positive multiples of 16 bytes.
 const char* why_not_hopper(DType dtype, const AttentionArguments& a, bool backward);
 
 /// Of a call that it takes.

@@ -10,6 +10,9 @@
 //              a loop of their own: the other computes no mask
 //   stores     by way of shared memory, a warp's 16 rows at a time: the copy engine, or 16 bytes a lane where rows
 //              behind them are another sequence's or of another head. Those of a pack never leave their sequence
+//   options    softcap and documents have a kernel of their own, with a smaller tile: 128 x 128 of 64 columns, 128 x 96
+//              of 128; with 256 it would spill even at 64 keys. Masks, ALiBi and dropout as well (General) took nvcc
+//              one and two minutes where all else takes seconds: those calls go to the sm_80 path
 //   heads      that share a key head are rows of one tile where a head's queries alone would leave it empty (group)
 //
 // Floor: 4 M N D operations of a tile, 4096 in a cycle of a multiprocessor, and M N exponentials, 16 in a cycle. D =
