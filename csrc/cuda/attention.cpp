@@ -188,8 +188,8 @@ void attention_forward(AttentionCall call, void* out, Strides out_strides, float
   const Choice choice = choose(call, a, false, gpu);
   clear_rest(call.dtype, out, lse, a.cu_q, a.out_at, a, a.heads, a.total_q, a.width_v, device, stream);
   hold(a, choice.tile, false, gpu);
-  if (choice.hopper) return launch_hopper_forward(call.dtype, a, device, stream);
   find_ranges(a, choice.tile, false, found, device, stream);
+  if (choice.hopper) return launch_hopper_forward(call.dtype, a, device, stream);
   start(forward, call.dtype, choice, a, a.heads, device, stream);
 }
 
