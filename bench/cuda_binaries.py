@@ -100,7 +100,7 @@ def missing() -> str | None:
 
 
 def chips(unit: Unit, dtype: str) -> list[str]:
-    """What a unit is judged on: every chip or, of one that is compiled for each head dimension, those it was written for
+    """What a unit is judged on: every chip, but of what is compiled for each head dimension those it was written for
     and the newest. There float16 differs from bfloat16 by names of instructions: one chip."""
     if unit.target == _sources.Target():
         return [*CHIPS]

@@ -131,6 +131,71 @@ def test_atomics_on_floats_are_told_from_others() -> None:
     assert {k: v for k, v in binaries.read_sass(ATOMICS).items() if v} == {"atomics": 4, "float atomics": 3}
 
 
+TILES = """
+#include <cstdio>
+#include "cuda/attention_ampere.h"
+#include "cuda/attention_hopper.h"
+using namespace fastlm::cuda;
+void say(const char* name, int width, AttentionTiles tiles) {
+  for (int i = 0; i < tiles.count; ++i)
+    std::printf("%s_%d %d %d %lld\\n", name, width, i, tiles.rows[i].general, (long long)tiles.rows[i].shared);
+}
+int main() {
+  for (const int w : HEAD_DIMS) {
+    say("attention_ampere_forward", w, ampere_forward(w));
+    say("attention_ampere_backward", w, ampere_backward(w));
+    say("attention_ampere_bias", w, ampere_bias(w));
+  }
+  for (const int w : HOPPER_HEAD_DIMS) {
+    say("attention_hopper_forward", w, hopper_forward_tiles(w));
+    say("attention_hopper_backward", w, hopper_backward_tiles(w));
+  }
+}
+"""
+SHARED = {"sm_80": 163 << 10, "sm_86": 99 << 10, "sm_90a": 227 << 10}
+"""Bytes that a block can have; sm_89 and sm_120 are as sm_86."""
+
+
+@pytest.fixture(scope="module")
+def tiles(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[tuple[bool, int]]]:
+    """By unit, of each variant whether it is general and its dynamic shared memory."""
+    if shutil.which("g++") is None:
+        pytest.skip("there is no g++")
+    program = tmp_path_factory.mktemp("tiles") / "tiles"
+    program.with_suffix(".cpp").write_text(TILES)
+    command = ["g++", "-std=c++17", f"-I{ROOT / 'csrc'}", "-o", program, program.with_suffix(".cpp")]
+    subprocess.run(command, check=True)
+    found: dict[str, list[tuple[bool, int]]] = {}
+    for line in subprocess.run([program], capture_output=True, text=True, check=True).stdout.splitlines():
+        unit, variant, general, shared = line.split()
+        found.setdefault(unit, []).append((general == "1", int(shared)))
+        assert int(variant) == len(found[unit]) - 1
+    return found
+
+
+def test_shared_memory_of_attention_is_within_the_chips(tiles: dict[str, list[tuple[bool, int]]]) -> None:
+    """Every tile runs on some chip that its unit is for; on the smallest there is one of each kind."""
+    assert {*tiles} == {
+        name for name, unit in cuda_binaries.UNITS.items() if "-DFASTLM_HEAD_DIM" in "".join(unit.flags)
+    }
+    for unit, each in tiles.items():
+        if "hopper" in unit:
+            assert max(shared for _, shared in each) <= SHARED["sm_90a"], unit
+        else:
+            assert max(shared for _, shared in each) <= SHARED["sm_80"], unit
+            for kind in {general for general, _ in each}:
+                assert min(shared for general, shared in each if general is kind) <= SHARED["sm_86"], unit
+
+
+def test_every_tile_of_attention_has_its_kernel(tiles: dict[str, list[tuple[bool, int]]]) -> None:
+    known = cuda_binaries.TABLE.read()
+    assert known
+    for version, table in known.items():
+        for unit in tiles.keys() & table.keys():
+            names = {f"{unit.rpartition('_')[0]}_{variant}" for variant in range(len(tiles[unit]))}
+            assert {row.split()[1] for row in table[unit]} == names, (version, unit)
+
+
 FED = """
         /*0100*/                   HGMMA.64x64x16.F32.BF16 R24, gdesc[UR4], R24, gsb0 ;
         /*0110*/                   UTMALDG.5D [UR8], [UR4] ;
