@@ -292,7 +292,7 @@ def test_reads_a_binary(folder: Path) -> None:
 def test_a_unit_is_judged_on_the_chips_that_run_it() -> None:
     assert cuda_binaries.chips(OP, "float16") == [*cuda_binaries.CHIPS]
     ampere, hopper = (OP._replace(target=target) for target in (_sources.AMPERE, _sources.HOPPER))
-    assert cuda_binaries.chips(ampere, "bfloat16") == ["sm_80", "sm_90a", "sm_120"]
+    assert cuda_binaries.chips(ampere, "bfloat16") == ["sm_80", "sm_90a"]
     assert cuda_binaries.chips(ampere, "float16") == cuda_binaries.chips(hopper, "bfloat16") == ["sm_90a"]
 
 

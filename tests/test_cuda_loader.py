@@ -135,12 +135,12 @@ def test_what_serves_a_gpu(architectures: str, ptx: str, arch: int, served: bool
     ],
 )
 def test_what_is_compiled_for_a_gpu(arch: int, supported: list[int], target: str) -> None:
-    assert _binaries.target(arch, supported) == target
+    assert _binaries.target(_sources.Target(), arch, supported) == target
 
 
 def test_a_gpu_older_than_the_compiler_knows() -> None:
     with pytest.raises(ImportError, match="75 and newer, the GPU is 70"):
-        _binaries.target(70, [75, 80])
+        _binaries.target(_sources.Target(), 70, [75, 80])
 
 
 # --- units -----------------------------------------------------------------------------------------------------------
@@ -234,11 +234,12 @@ def test_a_unit_is_loaded_by_its_name(tmp_path: Path, attention: Path, counted: 
 
 
 def test_a_unit_is_compiled_alone_for_the_gpu(tmp_path: Path, attention: Path, counted: Counted) -> None:
-    sources, options = json.loads(_binaries.load(f"{FORWARD}_96", "float16", 120))
-    assert "--gpu-architecture=sm_120" in options and "-DFASTLM_HEAD_DIM=96" in options
+    sources, options = json.loads(_binaries.load(f"{FORWARD}_96", "float16", 90))
+    assert "--gpu-architecture=sm_90a" in options and "-DFASTLM_HEAD_DIM=96" in options
     assert next(iter(sources)) == f"cuda/{FORWARD}.cu"
-    _binaries.load(f"{FORWARD}_128", "float16", 120)
+    _, options = json.loads(_binaries.load(f"{FORWARD}_128", "float16", 120))
     assert len(counted.calls) == 2  # of the same sources
+    assert "--gpu-architecture=compute_80" in options  # PTX, as in the package
     assert [path.name.split(".")[0] for path in cached(tmp_path)] == [f"{FORWARD}_128", f"{FORWARD}_96"]
 
 

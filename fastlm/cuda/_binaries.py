@@ -68,7 +68,7 @@ def load(name: str, dtype: str, arch: int) -> bytes:
                            "install fastlm again")  # fmt: skip
     if _is_packaged(name, arch):
         return (PACKAGED / f"{name}.{dtype}.fatbin").read_bytes()
-    return _cached(unit, dtype, target(arch, _compiler().architectures))
+    return _cached(unit, dtype, target(unit.target, arch, _compiler().architectures))
 
 
 def missing(archs: Iterable[int]) -> str | None:
@@ -126,12 +126,14 @@ def _is_packaged(name: str, arch: int) -> bool:
     return not (newer and _nvrtc.find()[0] is not None)
 
 
-def target(arch: int, supported: Iterable[int]) -> str:
+def target(unit: _sources.Target, arch: int, supported: Iterable[int]) -> str:
     """What to compile for a GPU of this compute capability, with a compiler that supports these.
 
     Raises:
         ImportError: the GPU is older than all of them.
     """
+    if unit.ptx and not _sources.serves(unit.architectures, (), arch):
+        return f"{unit.ptx}ptx"  # as in the package: the kernels were fitted to the registers of that
     older = [number for number in supported if number <= arch]
     if not older:
         raise ImportError(f"NVRTC compiles for {min(supported)} and newer, the GPU is {arch}")
