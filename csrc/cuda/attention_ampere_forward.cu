@@ -16,7 +16,7 @@
 //             to 96), 75% at W = 128 where they are loaded again for every 32 keys, 100% with 16 held queries, 125% at
 //             W = 256. This is why 32 queries a warp at W = 128 are worth all 255 registers
 //   exp2      8 cycles a warp for each of N numbers a lane: 50% at W = 64, 25% at W = 128
-//   issue     at W = 128 3.3 instructions for each mma, 40%
+//   issue     at W = 128 3.5 instructions for each mma, 43%
 // Two blocks of four warps (one of eight) a multiprocessor, so that one computes weights while another multiplies.
 //
 // The base of a query's exponentials is its largest logit so far. Whether one of the warp's has risen is asked by a
@@ -25,7 +25,7 @@
 // as all others are, where 1 is not: out's error grew by 4 to 6%. The weights' sums are each lane's own until the end.
 // A query that has seen nothing has the base LOWEST, and no loop tests for -inf.
 //
-// Registers (nvcc 13.0, -Xptxas -v; sm_80, sm_90a and sm_120): no spills in any instance. Lost: W = 128 by 128 x 64
+// Registers (nvcc 13.0, -Xptxas -v; sm_80, 86, 90a and 120): no spills in any instance. Lost: W = 128 by 128 x 64
 // (60% ldmatrix instead of 75%) spills 72 bytes. Several instances did as long as what finish() needs stayed alive
 // through the walk (a sequence, a place: forgotten() has it computed again), as rows were added before the swizzle
 // (attention_rows.cuh: 12 registers), and as hide() had one condition (a branch for each number).
