@@ -12,7 +12,8 @@ Kernel forwards[] = {{"attention_hopper_forward_64", "attention_hopper_forward"}
                      {"attention_hopper_forward_128", "attention_hopper_forward"},
                      {"attention_hopper_forward_256", "attention_hopper_forward"}},
        backwards[] = {{"attention_hopper_backward_64", "attention_hopper_backward"},
-                      {"attention_hopper_backward_128", "attention_hopper_backward"}};
+                      {"attention_hopper_backward_128", "attention_hopper_backward"},
+                      {"attention_hopper_backward_256", "attention_hopper_backward"}};
 
 /// Which of HOPPER_HEAD_DIMS.
 int width_index(const AttentionArguments& a) {
@@ -68,7 +69,6 @@ const char* why_not_hopper(DType dtype, const AttentionArguments& a, bool backwa
   if (dtype == DType::float32) return "float32";
   if (!hopper_width(a)) return "head dims above 256";
   if (is_foreign(a, backward)) return "an option of the general kernels";
-  if (backward && hopper_backward_tiles(hopper_width(a)).count == 0) return "head dims above 128";
   if (!a.batches || !a.total_q || !a.total_k) return "no rows";
   if (!fits(a.q_at) || !fits(a.k_at) || !fits(a.v_at)) return "strides that the copy engine does not take";
   if (!(backward ? fits(a.dout_at) : fits(a.out_at))) return "strides that the copy engine does not take";

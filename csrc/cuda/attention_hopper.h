@@ -74,37 +74,42 @@ constexpr int HOPPER_BACKWARD_STAGES = 2;  // tiles of queries in shared memory,
 /// Shared memory of a block that holds n keys and walks over tiles of m queries: bytes from the first multiple of
 /// PANEL_ALIGNMENT on.
 struct HopperBackwardRoom {
-  int keys, queries;          // bytes of a tile of k or v, of q or dout
-  int k, v, q, dout, ds, dq;  // where they are; q, dout and ds STAGES times
-  int rows;                   // shift and delta of the queries, STAGES times
-  int barriers, number;       // of the block's tile
+  int keys, queries;      // bytes of a tile of k or v, of q or dout
+  int k, v, q, dout, ds;  // where they are; q, dout and ds STAGES times
+  int p, dq;              // where groups share columns, weights too, as often, and no room for dq
+  int rows;               // shift and delta of the queries, STAGES times
+  int barriers, number;   // of the block's tile
   int end;
 };
+/// Whether the two groups that compute share the columns of dk and dv, 64 keys both: those of 64 keys each would fill
+/// their registers.
+constexpr bool hopper_backward_splits(int w) { return w > 128; }
 constexpr HopperBackwardRoom hopper_backward_room(int w, int m, int n) {
   constexpr int STAGES = HOPPER_BACKWARD_STAGES;
-  HopperBackwardRoom r{2 * n * w, 2 * m * w, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0};
+  HopperBackwardRoom r{2 * n * w, 2 * m * w, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0};
   r.v = r.k + r.keys;
   r.q = r.v + r.keys;
   r.dout = r.q + STAGES * r.queries;
   r.ds = r.dout + STAGES * r.queries;
-  r.dq = r.ds + STAGES * 2 * m * n;
-  r.rows = r.dq + 4 * m * w;
+  r.p = r.ds + STAGES * 2 * m * n;
+  r.dq = r.p + (hopper_backward_splits(w) ? STAGES * 2 * m * n : 0);
+  r.rows = r.dq + (hopper_backward_splits(w) ? 0 : 4 * m * w);
   r.barriers = r.rows + STAGES * 8 * m;
   r.number = r.barriers + 8 * (1 + 4 * STAGES);
   r.end = r.number + 8;
   return r;
 }
-/// Two warp groups of 64 keys each compute, one more loads and adds to dq.
+/// Two warp groups compute, one more loads and adds to dq, or takes the turns at that.
 constexpr AttentionTile hopper_backward_tile(int w, int m, int n) {
   return {m, n, 12, HOPPER_BACKWARD_STAGES, false, hopper_backward_room(w, m, n).end + PANEL_ALIGNMENT};
 }
 constexpr AttentionTile HOPPER_BACKWARD_64[] = {hopper_backward_tile(64, 128, 128)};
 constexpr AttentionTile HOPPER_BACKWARD_128[] = {hopper_backward_tile(128, 64, 128)};
-/// None for 256: twice the sums of dk and dv fill the registers.
+constexpr AttentionTile HOPPER_BACKWARD_256[] = {hopper_backward_tile(256, 64, 64)};
 constexpr AttentionTiles hopper_backward_tiles(int w) {
   if (w == 64) return {HOPPER_BACKWARD_64, 1};
   if (w == 128) return {HOPPER_BACKWARD_128, 1};
-  return {nullptr, 0};
+  return {HOPPER_BACKWARD_256, 1};
 }
 
 // --- launchers -------------------------------------------------------------------------------------------------------
@@ -126,7 +131,7 @@ AttentionTile hopper_forward_tile(const AttentionArguments& a);
 void launch_hopper_forward(DType dtype, AttentionArguments a, int device, Stream stream);
 
 /// The tile of attention_hopper_backward, whose m and n say how large dq_sum and turns are and how many tiles there
-/// are; of a call with head dims up to 128.
+/// are.
 constexpr AttentionTile hopper_backward_tile(const AttentionArguments& a) {
   return hopper_backward_tiles(hopper_width(a)).rows[0];
 }

@@ -9,14 +9,22 @@
 //   s = k q^T | dp = v dout^T | p = exp2(s - shift), under dp | ds = p (dp - delta), to shared memory
 //   dv += p dout | barrier of both groups | dq = ds k | dk += ds q | dq to shared memory, under dk
 //
+// With 256 columns dk and dv of 64 keys would take all 256 registers of a thread. There a block holds 64 keys and
+// SPLITs the columns: a group computes the weights of half of the queries, leaves p as well as ds in shared memory, and
+// sums 128 columns of dk and dv for all of them. No room is left for dq: groups add it from registers, four numbers at
+// once, under dk, and the warp that would have added takes the turns.
+//
 // Floor: 10 S T D flops of a head, half of that if causal: five products, one of which the forward had. For each M
 // queries 2 (D + Dv) M bytes are read from the L2 cache and 4 D M added there: at D = 128 a step's products take 1.4 us
-// at the 7.5 TFLOP/s of a multiprocessor of an H100 (989 over 132) and move 64 KiB, 6 TB/s over all.
+// at the 7.5 TFLOP/s of a multiprocessor of an H100 (989 over 132) and move 64 KiB, 6 TB/s over all. At D = 256 a step
+// takes as long and moves 128 KiB: the cache is the bound there, at half as many keys a block as at 128. Shared memory
+// is read for 2688 cycles of a step then, beside 2560 of products: those of 64 x 32 want more of it than they compute.
 //
 // Tiles, registers and spills by ptxas -v of CUDA 13.0, groups of 232 registers beside 40 for the third:
 //   64   128 queries: no spills. With ds as dk's left operand from registers as with 128: products serialized (C7512),
 //        so it is read from shared memory, where dq wants it anyway.
 //   128  64 queries: no spills, 32 of 32 exp2 under an open product (sass_overlap; 64 of 64 above).
+//   256  64 queries by 64 keys: no spills, 16 of 16.
 //   24 registers for the third group instead of 40: spills 12 bytes. Zeroed sums that may stay so where no query sees
 //   the keys (a branch around the walk): 256 bytes and C7512, so that case walks too, zero steps.
 //
@@ -33,7 +41,11 @@ constexpr AttentionTile TILE = hopper_backward_tiles(W).rows[0];
 constexpr int M = TILE.m, N = TILE.n, PANELS = W / PANEL;
 constexpr HopperBackwardRoom ROOM = hopper_backward_room(W, M, N);
 static_assert(TILE.shared <= HOPPER_SHARED, "of a block");
-constexpr int PART = 64 * 64;  // of a tile of dq: a consumer's
+constexpr bool SPLIT = hopper_backward_splits(W);  // a group has half of the columns, not of the keys
+constexpr int QUERIES = SPLIT ? M / 2 : M;         // of a tile, whose weights for 64 keys a group computes
+constexpr int COLUMNS = SPLIT ? W / 2 : W;         // of dk and dv that a group sums
+constexpr int COLUMNS_DQ = W == 64 ? W : W / 2;    // of 64 rows of dq that a group computes
+constexpr int PART = 64 * COLUMNS_DQ;              // of a tile of dq: a group's
 
 // Barriers by number.
 constexpr int CONSUMERS = 1;      // both groups of consumers
@@ -41,6 +53,8 @@ constexpr int FULL_DQ = 2;        // + group: its part of dq is written
 constexpr int EMPTY_DQ = 4;       // + group: and read
 constexpr int GROUP = 6;          // + group: its own
 constexpr int ADDERS = 128 + 32;  // threads of a group and of the warp that adds
+// Where groups add to dq themselves: both and the warp that takes turns.
+constexpr int OURS = FULL_DQ, ADDED = EMPTY_DQ, TURNERS = 256 + 32;
 
 /// Of two neighbouring queries.
 struct alignas(8) Pair {
@@ -66,6 +80,7 @@ struct Work {
   __device__ __forceinline__ uint32_t q(int i) const { return slot(ROOM.q, ROOM.queries, i); }
   __device__ __forceinline__ uint32_t dout(int i) const { return slot(ROOM.dout, ROOM.queries, i); }
   __device__ __forceinline__ uint32_t ds(int i) const { return slot(ROOM.ds, 2 * M * N, i); }
+  __device__ __forceinline__ uint32_t p(int i) const { return slot(ROOM.p, 2 * M * N, i); }
   /// M numbers shift and then M numbers delta.
   __device__ __forceinline__ float* rows(int i) const {
     return reinterpret_cast<float*>(shared + ROOM.rows) + (i & 1) * 2 * M;
@@ -171,6 +186,22 @@ __device__ __forceinline__ void add(const Work& w) {
   if (first_lane) bulk_wait<0>();
 }
 
+/// Where the groups add themselves: it waits for each turn and passes it on.
+__device__ __forceinline__ void take_turns(const Work& w) {
+  const bool takes = w.a.ordered && threadIdx.x % 32 == 0;
+  for (int member = 0; member < w.heads; ++member) {
+    for (int m = w.r.low; m < w.r.high; m += M) {
+      int* const turn = w.a.turns + 1 + sum_tile<M>(w.a, w.e, w.batch, w.head(member), m / M);
+      const int mine = turn_of<M, N>(w.a, w.e, w.tile, m / M);
+      if (takes) await_turn(turn, mine);
+      __syncwarp();
+      named_arrive(OURS, TURNERS);
+      named_sync(ADDED, TURNERS);
+      if (takes) pass_turn(turn, mine + 1);
+    }
+  }
+}
+
 // --- the groups that compute -----------------------------------------------------------------------------------------
 
 /// Rows from ... ROWS - 1 of a tile are 0: those of the next sequence, of which a NaN times a weight of 0 is a NaN.
@@ -192,12 +223,12 @@ constexpr __device__ __forceinline__ int along(int k) {
   return k / 4 * ROWS * 128 + k % 4 * 32;
 }
 
-/// One group: 64 keys.
+/// One group: 64 keys, or half of the columns.
 template <class T>
 struct Consumer {
   const Work& w;
   int group, thread, warp, lane;
-  float dk[W / 2] = {}, dv[W / 2] = {};
+  float dk[COLUMNS / 2] = {}, dv[COLUMNS / 2] = {};
 
   __device__ __forceinline__ explicit Consumer(const Work& w)
       : w(w),
@@ -206,33 +237,72 @@ struct Consumer {
         warp(thread / 32),
         lane(thread % 32) {}
 
-  /// x = (64 keys of the tile `keys`) (queries)^T.
-  __device__ __forceinline__ void keys_by_queries(float (&x)[M / 2], uint32_t keys, uint32_t queries) const {
-    const uint64_t left = descriptor_along<128>(keys + group * 64 * 128), right = descriptor_along<128>(queries);
-    FASTLM_UNROLL
-    for (int k = 0; k < W / 16; ++k) multiply_shared<T, M>(x, on(left, along<N>(k)), on(right, along<M>(k)), k > 0);
-  }
-  /// sum += x (queries), x rounded to T.
-  __device__ __forceinline__ void add_queries(float (&sum)[W / 2], const uint32_t (&x)[M / 16][4], uint32_t queries) {
-    const uint64_t right = descriptor_across<128>(queries, M * 128);
-    FASTLM_UNROLL
-    for (int k = 0; k < M / 16; ++k) multiply_mixed<T, W, true>(sum, x[k], on(right, k * 16 * 128), true);
+  /// Where this group's part of the block's work begins.
+  __device__ __forceinline__ int first_key() const { return SPLIT ? 0 : 64 * group; }
+  __device__ __forceinline__ int first_query() const { return SPLIT ? QUERIES * group : 0; }
+  __device__ __forceinline__ int first_column() const { return SPLIT ? COLUMNS * group : 0; }
+  /// The panel of its keys in a tile of weights, that of its columns in one of queries.
+  __device__ __forceinline__ uint32_t panel_of_keys(uint32_t tile) const { return tile + first_key() / 64 * M * 128; }
+  __device__ __forceinline__ uint64_t columns_of(uint32_t queries) const {
+    return descriptor_across<128>(queries + first_column() / PANEL * M * 128, M * 128);
   }
 
+  /// x = (its keys of the tile `keys`) (its queries)^T.
+  __device__ __forceinline__ void keys_by_queries(float (&x)[QUERIES / 2], uint32_t keys, uint32_t queries) const {
+    const uint64_t left = descriptor_along<128>(keys + first_key() * 128);
+    const uint64_t right = descriptor_along<128>(queries + first_query() * 128);
+    FASTLM_UNROLL
+    for (int k = 0; k < W / 16; ++k)
+      multiply_shared<T, QUERIES>(x, on(left, along<N>(k)), on(right, along<M>(k)), k > 0);
+  }
+  /// sum += x (queries), x rounded to T.
+  template <int STEPS>
+  __device__ __forceinline__ void add_queries(float (&sum)[COLUMNS / 2], const uint32_t (&x)[STEPS][4],
+                                              uint32_t queries) {
+    const uint64_t right = columns_of(queries);
+    FASTLM_UNROLL
+    for (int k = 0; k < STEPS; ++k) multiply_mixed<T, COLUMNS, true>(sum, x[k], on(right, k * 16 * 128), true);
+  }
   /// The same of x^T: a panel of 64 keys, queries by rows.
-  __device__ __forceinline__ void add_queries(float (&sum)[W / 2], uint32_t x, uint32_t queries) {
-    const uint64_t left = descriptor_across<128>(x, M * 128), right = descriptor_across<128>(queries, M * 128);
+  __device__ __forceinline__ void add_queries(float (&sum)[COLUMNS / 2], uint32_t x, uint32_t queries) {
+    const uint64_t left = descriptor_across<128>(x, M * 128), right = columns_of(queries);
     FASTLM_UNROLL
     for (int k = 0; k < M / 16; ++k)
-      multiply_shared<T, W, true, true>(sum, on(left, k * 16 * 128), on(right, k * 16 * 128), true);
+      multiply_shared<T, COLUMNS, true, true>(sum, on(left, k * 16 * 128), on(right, k * 16 * 128), true);
+  }
+  /// Rows 16 k and on of its queries, its keys along, of a tile of weights.
+  __device__ __forceinline__ void store_weights(uint32_t tile, int k, const uint32_t (&x)[4]) const {
+    const int row = first_query() + 16 * k + 8 * (lane >> 4) + (lane & 7), chunk = 2 * warp + (lane >> 3 & 1);
+    store_matrices_transposed(panel_of_keys(tile) + swizzled<128>(row, chunk), x);
+  }
+  /// Its part of a tile of dq, behind all that others add to it before.
+  __device__ __forceinline__ void add_to_dq(const float (&dq)[COLUMNS_DQ / 2], int head, int m) const {
+    named_sync(OURS, TURNERS);
+    float* const to = w.a.dq_sum + sum_tile<M>(w.a, w.e, w.batch, head, m / M) * (M * W) + group * PART + thread * 4;
+    FASTLM_UNROLL
+    for (int n = 0; n < COLUMNS_DQ / 8; ++n)
+      add_global(to + n * 128 * 4, dq[4 * n], dq[4 * n + 1], dq[4 * n + 2], dq[4 * n + 3]);
+    named_arrive(ADDED, TURNERS);
+  }
+  /// The same left in shared memory for the warp that adds.
+  __device__ __forceinline__ void hand_dq(const float (&dq)[COLUMNS_DQ / 2]) const {
+    named_sync(EMPTY_DQ + group, ADDERS);
+    FASTLM_UNROLL
+    for (int n = 0; n < COLUMNS_DQ / 8; ++n) {
+      store_shared(w.base + ROOM.dq + group * PART * 4 + (n * 128 + thread) * 16,
+                   Words{__float_as_uint(dq[4 * n]), __float_as_uint(dq[4 * n + 1]), __float_as_uint(dq[4 * n + 2]),
+                         __float_as_uint(dq[4 * n + 3])});
+    }
+    fence_async();
+    named_arrive(FULL_DQ + group, ADDERS);
   }
 
   /// Step i: queries m ... m + M - 1 of a head. EDGE: not all of them see all keys.
   template <bool EDGE>
-  __device__ __forceinline__ void step(int i, int m) {
+  __device__ __forceinline__ void step(int i, int head, int m) {
     const uint32_t q = w.q(i), dout = w.dout(i), ds = w.ds(i);
     const int parity = w.parity(i);
-    float s[M / 2], dp[M / 2];
+    float s[QUERIES / 2], dp[QUERIES / 2];
     barrier_wait(w.full_q(i), parity);
     if (EDGE && w.a.cu_q && m + M > w.e.len_q) {
       barrier_wait(w.full_dout(i), parity);
@@ -252,12 +322,13 @@ struct Consumer {
     warpgroup_wait<1>();
     ready(s);
     if (EDGE) {
-      hide<true>(s, w.first + 64 * group + 16 * warp + lane_row(), m + lane_column(), w.e, w.a.before, w.a.after);
+      hide<true>(s, w.first + first_key() + 16 * warp + lane_row(), m + first_query() + lane_column(), w.e, w.a.before,
+                 w.a.after);
     }
-    const Pair* shifts = reinterpret_cast<const Pair*>(w.rows(i)) + lane % 4;
+    const Pair* shifts = reinterpret_cast<const Pair*>(w.rows(i) + first_query()) + lane % 4;
     const Pair* deltas = shifts + M / 2;
     FASTLM_UNROLL
-    for (int j = 0; j < M / 8; ++j) {
+    for (int j = 0; j < QUERIES / 8; ++j) {
       const Pair shift = shifts[4 * j];
       FASTLM_UNROLL
       for (int n = 4 * j; n < 4 * j + 4; ++n) {
@@ -268,10 +339,11 @@ struct Consumer {
     barrier_wait(w.full_q(i), parity);
     warpgroup_wait<0>();
     ready(dp);
-    uint32_t p[M / 16][4], dx[M / 16][4];
+    uint32_t p[QUERIES / 16][4], dx[QUERIES / 16][4];
     FASTLM_UNROLL
-    for (int k = 0; k < M / 16; ++k) {
+    for (int k = 0; k < QUERIES / 16; ++k) {
       fragment_of<T>(p[k], s, k);
+      if constexpr (SPLIT) store_weights(w.p(i), k, p[k]);
       FASTLM_UNROLL
       for (int j = 2 * k; j < 2 * k + 2; ++j) {
         const Pair delta = deltas[4 * j];
@@ -282,45 +354,47 @@ struct Consumer {
         }
       }
       fragment_of<T>(dx[k], dp, k);
-      const int row = 16 * k + 8 * (lane >> 4) + (lane & 7), chunk = 2 * warp + (lane >> 3 & 1);
-      store_matrices_transposed(ds + group * M * 128 + swizzled<128>(row, chunk), dx[k]);
+      store_weights(ds, k, dx[k]);
     }
-    warpgroup_fence();
-    add_queries(dv, p, dout);
-    warpgroup_commit();
+    if constexpr (!SPLIT) {
+      warpgroup_fence();
+      add_queries(dv, p, dout);
+      warpgroup_commit();
+    }
 
     fence_async();
     named_sync(CONSUMERS, 256);
-    // W = 64: the group's 64 queries; W = 128: its 64 columns.
-    float dq[32];
-    const uint64_t left = descriptor_along<128>(ds + (W == 64 ? group * 64 * 128 : 0));
-    const uint64_t right = descriptor_across<128>(w.base + ROOM.k + (W == 64 ? 0 : group * N * 128), N * 128);
     warpgroup_fence();
+    if constexpr (SPLIT) {
+      add_queries(dv, w.p(i), dout);
+      warpgroup_commit();
+    }
+    // W = 64: the group's 64 queries; else its columns.
+    float dq[COLUMNS_DQ / 2];
+    const uint64_t left = descriptor_along<128>(ds + (W == 64 ? group * 64 * 128 : 0));
+    const uint64_t right =
+        descriptor_across<128>(w.base + ROOM.k + (W == 64 ? 0 : group * (COLUMNS_DQ / PANEL) * N * 128), N * 128);
     FASTLM_UNROLL
     for (int k = 0; k < N / 16; ++k)
-      multiply_shared<T, 64, false, true>(dq, on(left, along<M>(k)), on(right, k * 16 * 128), k > 0);
+      multiply_shared<T, COLUMNS_DQ, false, true>(dq, on(left, along<M>(k)), on(right, k * 16 * 128), k > 0);
     warpgroup_commit();
     warpgroup_wait<1>();
     if (lane == 0) barrier_arrive(w.empty_dout(i));
     warpgroup_fence();
-    if constexpr (W == 64) {
-      add_queries(dk, ds + group * M * 128, q);
-    } else {
+    if constexpr (W == 128) {
       add_queries(dk, dx, q);
+    } else {
+      add_queries(dk, panel_of_keys(ds), q);
     }
     warpgroup_commit();
 
     warpgroup_wait<1>();
     ready(dq);
-    named_sync(EMPTY_DQ + group, ADDERS);
-    FASTLM_UNROLL
-    for (int n = 0; n < 8; ++n) {
-      store_shared(w.base + ROOM.dq + group * PART * 4 + (n * 128 + thread) * 16,
-                   Words{__float_as_uint(dq[4 * n]), __float_as_uint(dq[4 * n + 1]), __float_as_uint(dq[4 * n + 2]),
-                         __float_as_uint(dq[4 * n + 3])});
+    if constexpr (SPLIT) {
+      add_to_dq(dq, head, m);
+    } else {
+      hand_dq(dq);
     }
-    fence_async();
-    named_arrive(FULL_DQ + group, ADDERS);
     warpgroup_wait<0>();
     ready(dk);
     ready(dv);
@@ -337,28 +411,31 @@ struct Consumer {
     const Range& r = w.r;
     int i = 0;
     for (int member = 0; member < w.heads; ++member) {
-      for (int m = r.low; m < min_of(r.middle, r.high); m += M) step<true>(i++, m);
-      for (int m = r.middle; m < r.end; m += M) step<false>(i++, m);
-      for (int m = max_of(r.middle, r.end); m < r.high; m += M) step<true>(i++, m);
+      const int head = w.head(member);
+      for (int m = r.low; m < min_of(r.middle, r.high); m += M) step<true>(i++, head, m);
+      for (int m = r.middle; m < r.end; m += M) step<false>(i++, head, m);
+      for (int m = max_of(r.middle, r.end); m < r.high; m += M) step<true>(i++, head, m);
     }
   }
 
-  /// The sums of this group, through its rows of a tile that nobody reads any more, to `to`: its first row.
-  __device__ __forceinline__ void store(const float (&sum)[W / 2], uint32_t room, T* to, int64_t stride, int width) {
-    room += group * 64 * 128;
+  /// The sums of this group, through its part of a tile that nobody reads any more, to `to`: the block's first row.
+  __device__ __forceinline__ void store(const float (&sum)[COLUMNS / 2], uint32_t room, T* to, int64_t stride,
+                                        int width) {
+    room += first_key() * 128 + first_column() / PANEL * N * 128;
     FASTLM_UNROLL
-    for (int k = 0; k < W / 16; ++k) {
+    for (int k = 0; k < COLUMNS / 16; ++k) {
       uint32_t x[4];
       fragment_of<T>(x, sum, k);
       const int row = 16 * warp + lane % 16, chunk = 2 * k + lane / 16;
       store_matrices(room + chunk / 8 * N * 128 + swizzled<128>(row, chunk % 8), x);
     }
     named_sync(GROUP + group, 128);
-    const int rows = w.e.len_k - w.first - 64 * group;
-    for (int n = thread; n < 64 * W / 8; n += 128) {
-      const int row = n / (W / 8), chunk = n % (W / 8);
-      if (row < rows && 8 * chunk < width) {
-        store_words_global(to + (64 * group + row) * stride + 8 * chunk,
+    const int rows = w.e.len_k - w.first - first_key(), columns = width - first_column();
+    to += first_key() * stride + first_column();
+    for (int n = thread; n < 64 * COLUMNS / 8; n += 128) {
+      const int row = n / (COLUMNS / 8), chunk = n % (COLUMNS / 8);
+      if (row < rows && 8 * chunk < columns) {
+        store_words_global(to + row * stride + 8 * chunk,
                            load_shared(room + chunk / 8 * N * 128 + swizzled<128>(row, chunk % 8)));
       }
     }
@@ -392,7 +469,13 @@ __device__ __forceinline__ void backward(const HopperBackwardArguments& x) {
   if (group == 0) {
     registers_down<40>();
     if (warp == 0) load(x, w);
-    if (warp == 1) add(w);
+    if (warp == 1) {
+      if constexpr (SPLIT) {
+        take_turns(w);
+      } else {
+        add(w);
+      }
+    }
   } else {
     registers_up<232>();
     Consumer<T> c(w);

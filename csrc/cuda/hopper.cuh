@@ -241,6 +241,11 @@ __device__ __forceinline__ void bulk_add(float* to, uint32_t from, int bytes) {
                "r"(bytes)
                : "memory");
 }
+/// add_global() of four neighbours, `at` a multiple of 16 bytes: one access. 9.7.13.6.
+__device__ __forceinline__ void add_global(float* at, float v0, float v1, float v2, float v3) {
+  asm volatile("red.global.add.v4.f32 [%0], {%1, %2, %3, %4};" ::"l"(at), "f"(v0), "f"(v1), "f"(v2), "f"(v3)
+               : "memory");
+}
 /// The stores and additions of this thread since the last one are a group.
 __device__ __forceinline__ void bulk_commit() { asm volatile("cp.async.bulk.commit_group;" ::: "memory"); }
 /// The shared memory of all groups but the last PENDING has been read.

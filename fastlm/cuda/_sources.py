@@ -51,7 +51,7 @@ PER_HEAD_DIM = {
     "attention_ampere_backward": ((32, 64, 96, 128, 192, 256), AMPERE),
     "attention_ampere_bias": ((32, 64, 96, 128, 192, 256), SELDOM),
     "attention_hopper_forward": ((64, 128, 256), HOPPER),
-    "attention_hopper_backward": ((64, 128), HOPPER),
+    "attention_hopper_backward": ((64, 128, 256), HOPPER),
 }
 """Sources that are compiled once for each of these FASTLM_HEAD_DIM, and for what. attention.h says which one a call
 takes."""

@@ -81,9 +81,12 @@ FORWARD = [
 BACKWARD = [
     *(Shape(64, 128 * n, 128) for n in range(1, 6)),
     *(Shape(128, 64 * n, 128) for n in range(1, 6)),
+    *(Shape(256, 64 * n, 64) for n in range(1, 6)),
     Shape(64, 300, 300, 1, 1, CAUSAL),
     Shape(128, 150, 300, 2, 1, END),
     Shape(128, 200, 200, 1, 1, {"window": (60, 10)}),
+    Shape(256, 130, 130, 2, 1, CAUSAL),
+    Shape(256, 150, 150, 1, 1, packed(70, 1, 79)),
     Shape(64, 300, 300, 1, 1, packed(130, 1, 169) | CAUSAL),
 ]
 AMPERE = [Shape(64, 200, 300), Shape(64, 200, 200, 1, 1, CAUSAL), Shape(64, 130, 130, 1, 1, {"softcap": 20.0})]
@@ -129,7 +132,8 @@ def left_out(events: list[Event]) -> Iterator[list[Event]]:
 
 
 @pytest.mark.parametrize(
-    ("direction", "shape"), [("forward", Shape(128, 512, 528)), ("backward", Shape(128, 320, 128))]
+    ("direction", "shape"),
+    [("forward", Shape(128, 512, 528)), ("backward", Shape(128, 320, 128)), ("backward", Shape(256, 320, 64))],
 )
 def test_whatever_is_left_out_is_found(direction: str, shape: Shape) -> None:
     roles, counts = programs(traced(shape, direction, 90)[0])
@@ -281,7 +285,7 @@ def test_few_blocks_at_a_time_in_any_order(resident: int) -> None:
 
 @pytest.mark.parametrize(("arch", "shape"), [(arch, shape) for arch in (80, 90) for shape in (
     Shape(64, 300, 300, 2, 1, CAUSAL), Shape(64, 260, 300, 1, 1, {"window": (60, 10)}),
-    Shape(64, 300, 300, 1, 1, packed(130, 1, 169) | CAUSAL),
+    Shape(64, 300, 300, 1, 1, packed(130, 1, 169) | CAUSAL), Shape(256, 150, 150, 2, 1, CAUSAL),
 )], ids=str)  # fmt: skip
 def test_turns_of_the_kernels(arch: int, shape: Shape) -> None:
     """They take the turns that the plan gives them, in the order of the numbers that they drew."""

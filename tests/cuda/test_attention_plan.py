@@ -79,7 +79,7 @@ def test_every_call_has_a_kernel_that_fits(chip: str, d: int, backward: bool) ->
         assert unit == f"attention_{'hopper' if hopper else 'ampere'}_{direction}_{width}"
 
     for options in ({}, {"causal": True}, {"causal": "bottom-right", "window": (9, 0)}, {"sinks": torch.zeros(4)}):
-        verify(options, chip == "H100" and (d <= 128 or not backward))
+        verify(options, chip == "H100")
     documents = (torch.zeros(2, 130).int(), torch.zeros(2, 200).int())
     for options in ({"softcap": 2.0}, {"documents": documents}):
         verify(options, chip == "H100" and d <= 128 and not backward)

@@ -18,6 +18,8 @@ CASES = {
     Case(1, 1, 1, 260, 260, 64, 64, window=(120, 30)): torch.bfloat16,
     Case(1, 2, 1, 70, 260, 128, 104, "top-left"): torch.bfloat16,  # keys that no query sees
     Case(1, 1, 1, 130, 260, 128, 128, window=(100, None)): torch.float16,
+    Case(1, 2, 1, 130, 140, 256, 200, "bottom-right"): torch.bfloat16,
+    Case(1, 1, 1, 140, 130, 136, 256, window=(70, 20)): torch.float16,
 }
 
 

@@ -54,6 +54,11 @@ inline void bulk_load(uint32_t to, const void* from, int bytes, uint32_t barrier
   simt::bulk_load(to, from, bytes, barrier);
 }
 inline void bulk_add(float* to, uint32_t from, int bytes) { simt::bulk_add(to, from, bytes); }
+inline void add_global(float* at, float v0, float v1, float v2, float v3) {
+  if (reinterpret_cast<uintptr_t>(at) % 16) simt::fail("an addition to four neighbours at no multiple of 16");
+  add_global(at, v0, v1);
+  add_global(at + 2, v2, v3);
+}
 inline void bulk_commit() { simt::bulk_commit(); }
 template <int PENDING>
 void bulk_wait_read() {
