@@ -8,7 +8,7 @@ import torch
 
 from fastlm import ops
 from tests import emulation
-from tests.ops.attention_oracle import Case, prepared
+from tests.ops.attention_oracle import Case, expect, make_problem
 from tests.ops.harness import assert_same_bits, on
 
 CASES = {
@@ -26,7 +26,8 @@ CASES = {
 @pytest.mark.parametrize("chip", ["80", "90"])
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_any_order(case: Case, chip: str) -> None:
-    problem, expected = prepared(case, CASES[case])
+    problem = make_problem(case, CASES[case])
+    expected = expect(problem)
     results = []
     for order in emulation.ORDERS:
         with on(f"cuda-{order}-{chip}"):
