@@ -132,10 +132,14 @@ def left_out(events: list[Event]) -> Iterator[list[Event]]:
 
 
 @pytest.mark.parametrize(
-    ("direction", "shape"),
-    [("forward", Shape(128, 512, 528)), ("backward", Shape(128, 320, 128)), ("backward", Shape(256, 320, 64))],
+    ("direction", "shape", "places"),
+    [
+        ("forward", Shape(128, 512, 528), 20),
+        ("backward", Shape(128, 320, 128), 20),
+        ("backward", Shape(256, 320, 64), 18),  # one handing over of dq for both groups, not one each
+    ],
 )
-def test_whatever_is_left_out_is_found(direction: str, shape: Shape) -> None:
+def test_whatever_is_left_out_is_found(direction: str, shape: Shape, places: int) -> None:
     roles, counts = programs(traced(shape, direction, 90)[0])
     check(roles, counts)
     tried = 0
@@ -144,7 +148,7 @@ def test_whatever_is_left_out_is_found(direction: str, shape: Shape) -> None:
             tried += 1
             with pytest.raises(Fault):
                 check(roles | {name: wrong}, counts)
-    assert tried >= 20
+    assert tried >= places
 
 
 def test_an_ampere_pipeline_without_a_barrier_is_found() -> None:
