@@ -43,7 +43,7 @@ def taken(*features: str) -> pytest.MarkDecorator:
 
 
 def near(dtype: torch.dtype) -> dict[str, float]:
-    """For what differs by the order of sums, or by where weights are rounded: 11 or 2 ulp, half an ulp of sums of them."""
+    """For what differs by the order of sums, or by where weights are rounded."""
     eps = torch.finfo(dtype).eps
     return {"rtol": 11 * eps if dtype is torch.float32 else 2 * eps, "atol": max(1e-5, eps / 2)}
 
