@@ -145,7 +145,9 @@ inline uint32_t shared_address(const void* p) {
          static_cast<uint32_t>(static_cast<const char*>(p) - simt::shared_memory[simt::current->rank]);
 }
 inline Words load_shared(uint32_t from) { return load_words(simt::shared_at(from, 16, simt::Access::read)); }
-inline void copy_async(uint32_t to, const void* from) { simt::copy_later(simt::shared_at(to, 16, simt::Access::copy), from); }
+inline void copy_async(uint32_t to, const void* from) {
+  simt::copy_later(simt::shared_at(to, 16, simt::Access::copy), from);
+}
 template <int PENDING>
 void copy_wait() {
   simt::finish_copies(PENDING);
