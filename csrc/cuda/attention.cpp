@@ -27,13 +27,9 @@ Kernel prepare("attention", "attention_prepare"), finish("attention", "attention
 
 /// The index of the padded width in HEAD_DIMS.
 int width_of(const AttentionArguments& a) {
-  const int widest = a.d > a.width_v ? a.d : a.width_v;
-  int i = 0;
-  for (const int width : HEAD_DIMS) {
-    if (widest <= width) return i;
-    ++i;
-  }
-  throw std::invalid_argument("head dims must be at most 256, got " + std::to_string(widest));
+  const int columns = widest(a), i = width_index(HEAD_DIMS, columns);
+  if (i < static_cast<int>(sizeof(HEAD_DIMS) / sizeof(int))) return i;
+  throw std::invalid_argument("head dims must be at most 256, got " + std::to_string(columns));
 }
 
 /// What runs a call.

@@ -15,6 +15,14 @@ constexpr float INF = __builtin_bit_cast(float, 0x7f800000u);  // NVRTC has no o
 __device__ __forceinline__ int min_of(int a, int b) { return a < b ? a : b; }
 __device__ __forceinline__ int max_of(int a, int b) { return a > b ? a : b; }
 
+/// x, but what was computed from it before is not kept in registers until here.
+__device__ __forceinline__ int forgotten(int x) {
+#ifndef FASTLM_EMULATED
+  asm volatile("" : "+r"(x));
+#endif
+  return x;
+}
+
 /// A tile of a head: heads go in groups of a.span that share the cache, tile after tile within one.
 struct Place {
   int tile, batch, head;

@@ -82,6 +82,15 @@ struct AttentionTiles {
 
 /// Rows of q, k, v, dq in shared memory and registers: the smallest of these that holds both head dims.
 constexpr int HEAD_DIMS[] = {32, 64, 96, 128, 192, 256};
+/// The columns that a row has to hold.
+constexpr int widest(const AttentionArguments& a) { return a.d > a.width_v ? a.d : a.width_v; }
+/// Which of these widths, ascending, is the first to hold so many columns; COUNT where none does.
+template <int COUNT>
+constexpr int width_index(const int (&widths)[COUNT], int columns) {
+  int i = 0;
+  while (i < COUNT && widths[i] < columns) ++i;
+  return i;
+}
 
 /// The gradient of the mask. A block sums m queries by n keys: over batches and heads that share what it writes where
 /// dbias keeps queries (rows) and keys, else along what it does not keep. Its number: (outer * tiles_m + tile of

@@ -8,8 +8,8 @@ namespace fastlm::cuda {
 /// The tiles of a width: those of its row that are there.
 template <int MOST>
 constexpr AttentionTiles tiles_of(const AttentionTile (&table)[sizeof(HEAD_DIMS) / sizeof(int)][MOST], int width) {
-  int row = 0, count = 0;
-  while (HEAD_DIMS[row] < width) ++row;
+  const int row = width_index(HEAD_DIMS, width);
+  int count = 0;
   while (count < MOST && table[row][count].m > 0) ++count;
   return {table[row], count};
 }

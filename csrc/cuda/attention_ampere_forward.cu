@@ -59,14 +59,6 @@ struct Work {
     first = p.tile * m;
   }
 };
-/// x, but what was computed from it before is not kept in registers until here.
-__device__ __forceinline__ int forgotten(int x) {
-#ifndef FASTLM_EMULATED
-  asm volatile("" : "+r"(x));
-#endif
-  return x;
-}
-
 /// A left operand of STEPS x BLOCKS matrices of 16 x 16 that is in registers; make(r, block, step) gives each.
 template <int STEPS, int BLOCKS>
 struct Held {

@@ -15,13 +15,6 @@ Kernel forwards[] = {{"attention_hopper_forward_64", "attention_hopper_forward"}
                       {"attention_hopper_backward_128", "attention_hopper_backward"},
                       {"attention_hopper_backward_256", "attention_hopper_backward"}};
 
-/// Which of HOPPER_HEAD_DIMS.
-int width_index(const AttentionArguments& a) {
-  int i = 0;
-  while (HOPPER_HEAD_DIMS[i] != hopper_width(a)) ++i;
-  return i;
-}
-
 /// Whether the engine can go along the tensor; launchers give what has one batch, head or row a distance that fits.
 bool fits(const Layout& at) {
   for (const int64_t stride : {at.batch, at.head, at.row})
@@ -95,7 +88,7 @@ void launch_hopper_forward(DType dtype, AttentionArguments a, int device, Stream
                                  a.heads / group,
                                  a.tiles * a.batches * (a.heads / group)};
   const Grid grid{min(h.total, cuda::device(device).sms), 32 * tile.warps, 1, tile.shared};
-  forwards[width_index(a)].launch(dtype, forward_variant(a), grid, h, device, stream);
+  forwards[width_index(HOPPER_HEAD_DIMS, widest(a))].launch(dtype, forward_variant(a), grid, h, device, stream);
 }
 
 void launch_hopper_backward(DType dtype, const AttentionArguments& a, int device, Stream stream) {
@@ -108,7 +101,7 @@ void launch_hopper_backward(DType dtype, const AttentionArguments& a, int device
                                   map(a.v, a.v_at, a.width_v, a.total_k, a.kv_heads, tile.n),
                                   map(a.dout, a.dout_at, a.width_v, a.total_q, a.heads, tile.m), a};
   const Grid grid{int64_t{a.tiles} * a.batches * a.kv_heads, 32 * tile.warps, 1, tile.shared};
-  backwards[width_index(a)].launch(dtype, 0, grid, h, device, stream);
+  backwards[width_index(HOPPER_HEAD_DIMS, widest(a))].launch(dtype, 0, grid, h, device, stream);
 }
 
 }  // namespace fastlm::cuda

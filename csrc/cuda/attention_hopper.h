@@ -116,10 +116,8 @@ constexpr AttentionTiles hopper_backward_tiles(int w) {
 
 /// The padded width of a call, 0 where head dims are wider than the widest.
 constexpr int hopper_width(const AttentionArguments& a) {
-  const int widest = a.d > a.width_v ? a.d : a.width_v;
-  for (const int w : HOPPER_HEAD_DIMS)
-    if (widest <= w) return w;
-  return 0;
+  const int i = width_index(HOPPER_HEAD_DIMS, widest(a));
+  return i < static_cast<int>(sizeof(HOPPER_HEAD_DIMS) / sizeof(int)) ? HOPPER_HEAD_DIMS[i] : 0;
 }
 
 /// Why this path does not take the call, in words; null where it does. Of what is_general() it has softcap and

@@ -166,12 +166,6 @@ __device__ __forceinline__ void produce(const HopperForwardArguments& h, const H
 __device__ __forceinline__ uint64_t moved(uint64_t descriptor, int bytes) {
   return descriptor >> 32 << 32 | static_cast<uint32_t>(static_cast<uint32_t>(descriptor) + (bytes >> 4));
 }
-/// The compiler no longer knows x, nor what it has made of it.
-__device__ __forceinline__ void forget([[maybe_unused]] int& x) {
-#ifndef FASTLM_EMULATED
-  asm volatile("" : "+r"(x));
-#endif
-}
 
 /// 64 queries of a warp group: of each thread two rows, 8 apart.
 template <class T, int M, int N, bool GENERAL>
@@ -379,9 +373,8 @@ struct HopperForwardConsumer {
   /// The warp's 16 rows by way of shared memory.
   __device__ __forceinline__ void store(const Work& work) {
     const Extent& e = work.e;
-    int lane = static_cast<int>(threadIdx.x) % 32, own_row = row;
-    forget(lane);  // what is made of these is made below, not ahead of the walk
-    forget(own_row);
+    // What is made of these is made below, not ahead of the walk.
+    const int lane = forgotten(static_cast<int>(threadIdx.x) % 32), own_row = forgotten(row);
     if constexpr (Room::OUT_APART) {  // the last tile's have left it
       if (leader) bulk_wait_read<0>();
       __syncwarp();
@@ -452,7 +445,7 @@ struct HopperForwardConsumer {
       } else if constexpr (Room::OUT_APART) {
         release(room.empty(room.q_full(group)));
       }
-      forget(number);  // so that nothing else of the work waits in registers for this
+      number = forgotten(number);  // so that nothing else of the work waits in registers for this
       const Work same(h, number);
       finish(same);
       store(same);
